@@ -100,9 +100,9 @@ def _model() -> Iterator[str]:
             "Of a release, `None` leaves the release's own encoder, and other keys replace fields of it, such as "
             "`remat`.",
         ),
-        "reducer": (REDUCERS, "Training-free reducers; `none` is the default."),
+        "reducer": (REDUCERS.own, "Training-free reducers; `none` is the default."),
         "connector": (
-            {**CONNECTORS, "similarity": Similarity},
+            {**CONNECTORS.own, "similarity": Similarity},
             "Of a release, a `kind` of `None` is the release's own connector. Fields that `token_budget` solves are no "
             "keys.",
         ),

@@ -24,7 +24,7 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 # Figures that an experiment writes, shown where it writes them.
 FIGURES = {"assets/frontier.png": "experiments/digits_token_budget/frontier.png"}
 # Modules of their own beside the packages.
-MODULES = ("budget", "config", "ranges", "system", "types")
+MODULES = ("budget", "config", "plugins", "ranges", "system", "types")
 API_HEAD = """# API
 
 `vlm_jax.from_pretrained` loads a release; what it returns answers, counts tokens, gives logits and writes the release

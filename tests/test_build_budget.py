@@ -97,6 +97,20 @@ def test_a_budget_is_shared_by_the_frames_of_a_clip(per, budget, clip):
     np.testing.assert_array_equal(row.images, same.images)
 
 
+def test_a_reducer_of_videos_takes_the_frames_of_a_clip_together():
+    config = made(24, tiles=(1, 2), frames=3, reducer=ConfigDict({"kind": "dycoke"}), connector={"kind": "mlp"})
+    with pytest.raises(ConfigError, match=tried("set config.processor.tiles to (1, 1) and config.processor.thumbnail")):
+        build(config)
+    config.processor.tiles = (1, 1)
+    experiment = build(config)
+    reducer = experiment.system.model.reducer
+    assert (reducer.frames, reducer.num_kept, experiment.system.budget.left) == (3, 8, 24)
+    assert counts(experiment, page(*[(48, 48)] * 3)) == (24,)
+    config.row = {"length": 60, "images": 4, "pack": True}
+    with pytest.raises(ConfigError, match=r"config.row.images: dycoke .* a multiple of .*frames=3, got 4"):
+        build(config)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

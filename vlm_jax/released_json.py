@@ -140,7 +140,7 @@ FORMS: dict[str, Form] = _table(
         max_num_patches""",
     ),
     (AT_LEAST_0 | NULL, "num_classes"),
-    (AT_LEAST_0, "first_k_dense_replace qk_nope_head_dim qk_rope_head_dim v_head_dim"),
+    (AT_LEAST_0, "num_register_tokens first_k_dense_replace qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (DEPTH, "depth num_hidden_layers resampler_depth"),
     (DEPTH | list_of(DEPTH, 4), "layers"),
     (DEPTH | list_of(DEPTH), "num_layers"),
@@ -167,7 +167,7 @@ FORMS: dict[str, Form] = _table(
         downsample_ratio routed_scaling_factor""",
     ),
     (number(0, 1, above=True), "layer_norm_eps rms_norm_eps layer_norm_epsilon"),
-    (NUMBER, "initializer_factor logit_scale_init_value aux_loss_alpha"),
+    (NUMBER, "initializer_factor layerscale_value logit_scale_init_value aux_loss_alpha"),
     (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor"),
     # config.json: flags and names
     (
@@ -176,7 +176,7 @@ FORMS: dict[str, Form] = _table(
         drop_cls_token no_bias scale_attn_weights use_dynamic_ntk use_logn_attn multimodal_projector_bias norm_topk_prob
         preserve_original_pe s2 seq_aux token_pooling use_abs_pos use_rel_pos use_mla use_rope use_sliding_window
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
-        use_qformer_text_input quick_gelu scan dynamic_image_size use_thumbnail pad2square""",
+        use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square""",
     ),
     (
         TEXT,

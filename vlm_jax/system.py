@@ -162,6 +162,13 @@ class System:
             params |= in_float32(draw(self._init, key, drawn, mesh), masters)
         return {part: params[part] for part in targets}
 
+    def borrowed(self, params: Params) -> Params:
+        """The parts that a reducer reads of other checkpoints, where `params` of the release lack them."""
+        others = () if self.release is None else self.release.borrowed
+        if all(other.part in params for other in others):
+            return {}
+        return self.initial(jax.random.key(0), mesh_of(params), without=tuple(params))
+
     def prepared(self, params: Params) -> Params:
         """Parameters in the layout for generation, for callers that generate more than once."""
         return prepared(params, mesh_of(params))

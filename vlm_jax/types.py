@@ -85,6 +85,21 @@ TEXT_SLOT = -1  # visual_index of a text position
 
 
 @struct
+class Guidance:
+    """An image's features and its question in one space, for reducers that choose by the question.
+
+    Attributes:
+      image: embedding of each feature, not normalised.
+      text: embedding of each segment of the question, not normalised.
+      mask: True where a segment is real.
+    """
+
+    image: Float[Array, "B N E"]
+    text: Float[Array, "B S E"]
+    mask: Bool[Array, "B S"]
+
+
+@struct
 class VisualFeatures:
     """The output of an encoder for a flat batch of images.
 
@@ -106,6 +121,9 @@ class VisualFeatures:
       first_dim: static; number of channels of the first of two encoders, where `tokens` has the channels
         of both, else None.
       num_prefix: static; number of leading features that are not patches: 1 with a class token, else 0.
+      frames: of packed videos, the number of frames into which the unmasked features of each divide evenly; None for
+        images.
+      guidance: the features and the image's question as a guide embeds them (`models.guide`), else None.
       kept: after a reducer, the index of each feature in the reducer's input (for a merged
         one, the index whose position it takes), else None.
     """
@@ -122,6 +140,8 @@ class VisualFeatures:
     first_dim: int | None = static_field(default=None)
     kept: Int[Array, "B N"] | None = None
     num_prefix: int = static_field(default=0)
+    frames: Int[Array, "B"] | None = None
+    guidance: Guidance | None = None
 
     def reduced(
         self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid, kept: Int[Array, "B K"] | None = None
@@ -139,11 +159,14 @@ class VisualTokens:
       mask: True where a token is real.
       kept: after a reducer, the index of each token among all tokens (or features) of its image or packed
         row before the reducer; else None.
+      levels: what is added to the outputs of the decoder's first blocks at the positions of the tokens: D channels
+        for each block, concatenated; None for nothing.
     """
 
     tokens: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
     kept: Int[Array, "B M"] | None = None
+    levels: Float[Array, "B M F"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +210,34 @@ class Instruction:
     mask: Bool[Array, "B T"]
 
 
+class VideoSize(NamedTuple):
+    """Size of a video of which no frame is decoded.
+
+    Attributes:
+      num_frames: number of sampled frames.
+      height, width: of a frame, in pixels.
+      times: of every frame, in seconds from the start; empty where only their rate is known.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    times: tuple[float, ...] = ()
+
+
+@struct
+class Question:
+    """The question of each image, for the text tower of a guide.
+
+    Attributes:
+      tokens: ids of its segments, each as long as the tower.
+      mask: True where a segment is real.
+    """
+
+    tokens: Int[Array, "*images S T"]
+    mask: Bool[Array, "*images S"]
+
+
 @struct
 class PackedImages:
     """Positions of the images of a packed row among its merged tokens; for reducers, which act image by image.
@@ -195,11 +246,13 @@ class PackedImages:
       starts: index of each image's first token in the row, in the processor's order.
       counts: tokens of each image; 0 where there is none.
       longest: static; maximum tokens of one image.
+      frames: frames of each, which have equally many tokens; None where all are images.
     """
 
     starts: Int[Array, "B I"]
     counts: Int[Array, "B I"]
     longest: int = static_field(default=0)
+    frames: Int[Array, "B I"] | None = None
 
 
 @struct
@@ -290,6 +343,7 @@ class Batch:
         before the reducer, as indexed by `kept` (for tiles, tile after tile); else None, and `positions` are
         used.
       instruction: text input of a Q-Former, one row per image of the batch, else None.
+      question: for a reducer that chooses by the question, that of every image of `images`, else None.
     """
 
     tokens: Int[Array, "B T"]
@@ -303,6 +357,7 @@ class Batch:
     places: VisualPlaces | None = None
     visual_positions: Int[Array, "B R"] | Int[Array, "B R 3"] | None = None
     instruction: Instruction | None = None
+    question: Question | None = None
 
 
 @struct
@@ -333,6 +388,68 @@ class DistilledBatch:
     teacher: ImageTextBatch
 
 
+class Numbers(NamedTuple):
+    """Visual tokens of one image at a drop that the text rates.
+
+    Attributes:
+      present: before it.
+      kept: the best.
+      candidates: the best of the others, which are merged.
+      merged: tokens that these become.
+    """
+
+    present: int
+    kept: int
+    candidates: int
+    merged: int
+
+
+class Rating(NamedTuple):
+    """How the text behind an image rates its tokens, and what becomes of those that are dropped (SparseVLM).
+
+    Attributes:
+      counts: tokens to leave of each image at every drop up to this one.
+      recycles: the best of the dropped tokens are merged into a few, which stay.
+      as_released: counts are without merged tokens, which follow the kept ones, and of every image something is
+        dropped; else counts include them, and they stay at the place of one of their members.
+      num_heads: heads that rate, those whose raters attend most to the image; all when None.
+      without_rotary: attention is divided by the scores that the rotary angles give to vectors of ones.
+    """
+
+    counts: tuple[int, ...]
+    recycles: bool = False
+    as_released: bool = False
+    num_heads: int | None = None
+    without_rotary: bool = False
+
+    def numbers(self, count: int) -> Numbers:
+        """Tokens at this drop of an image that enters the decoder with `count`."""
+        found = Numbers(count, count, 0, 0)
+        for most in self.counts:
+            found = self._next(found.kept + found.merged, most)
+        return found
+
+    def _next(self, present: int, most: int) -> Numbers:
+        if self.as_released:
+            kept = min(most, present - 1)
+            if present and self.recycles:
+                candidates, merged = _recycled(present - kept)
+                return Numbers(present, kept, candidates, merged)
+            return Numbers(present, max(kept, 0), 0, 0)
+        left = min(most, present)
+        if left == present or not self.recycles:
+            return Numbers(present, left, 0, 0)
+        fitting = (n for n in range(left - 1, 0, -1) if n + _recycled(present - n)[1] <= left)
+        kept = next(fitting, 1)
+        return Numbers(present, kept, _recycled(present - kept)[0] if left > kept else 0, left - kept)
+
+
+def _recycled(dropped: int) -> tuple[int, int]:
+    """Of dropped tokens, the number that are merged and the number that they become, as SparseVLM released it."""
+    candidates = int(dropped * 0.3) + 1
+    return candidates, candidates // 10 + 1
+
+
 class Drop(NamedTuple):
     """A drop of visual tokens between two layers of a decoder.
 
@@ -345,6 +462,7 @@ class Drop(NamedTuple):
       renumbers: positions are renumbered from 0 after it, without the dropped tokens.
       pivots: if given, tokens are not ranked by attention: numbers of pivots among an image's tokens and in the text
         after it, chosen by the keys of `ranked_by`; those least like them are kept. See `decoders.duplicates`.
+      rating: if given, tokens are ranked by the attention of some of the text after the image. See `decoders.raters`.
     """
 
     layer: int
@@ -354,9 +472,13 @@ class Drop(NamedTuple):
     rounding: Literal["down", "nearest"] = "down"
     renumbers: bool = False
     pivots: tuple[int, int] | None = None
+    rating: Rating | None = None
 
     def num_left(self, count: int) -> int:
         """Number of tokens after it of an image that enters the decoder with `count`."""
+        if self.rating is not None:
+            numbers = self.rating.numbers(count)
+            return numbers.kept + numbers.merged
         if self.share is None:
             return min(self.num_kept, count)
         if self.pivots is not None:  # every pivot takes as many, besides the image's own
@@ -501,13 +623,13 @@ class SampleSizes:
     Attributes:
       sample_id, messages: as of `Sample`.
       sizes: (height, width) of each picture, pixels.
-      videos: (number of sampled frames, height, width) of each video.
+      videos: size of each video.
     """
 
     sample_id: str
     messages: tuple[Message, ...]
     sizes: tuple[tuple[int, int], ...] = ()
-    videos: tuple[tuple[int, int, int], ...] = ()
+    videos: tuple[VideoSize, ...] = ()
 
 
 def text_of(message: Message) -> str:

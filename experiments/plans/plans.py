@@ -6,6 +6,7 @@ Finished plans are kept, so that a second run resumes. A plan that cannot be mad
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 
@@ -18,7 +19,7 @@ from vlm_jax.cli.plan_output import working  # noqa: E402
 from vlm_jax.config import ConfigError  # noqa: E402
 from vlm_jax.planner.kept import FOLDER  # noqa: E402
 from vlm_jax.planner.plan import Plan  # noqa: E402
-from vlm_jax.planner.request import Request, make_plan  # noqa: E402
+from vlm_jax.planner.request import Request, Stage, make_plan  # noqa: E402
 from vlm_jax.planner.topology import PlanError, open_topology  # noqa: E402
 from vlm_jax.train import finetuning  # noqa: E402
 
@@ -41,18 +42,19 @@ SYSTEMS = (
 HEADER = ("system", "tokens", "slice", "stage", "peak GiB", "fits", "ms a step", "MFU", "exposed", "tokens a second")
 
 
+def request_for(release: str, topology: str, stage: Stage, *, rows: int, quick: bool = False) -> Request:
+    """Rows of `LENGTH` positions, so many a device, by the default settings of fine-tuning."""
+    rows *= len(open_topology(topology).devices)
+    request = Request(finetuning.get_config(), topology, stage, batch_size=rows, quick=quick)
+    return request.changed(release=release, row__length=LENGTH, stages__instruction__batch_size=rows)
+
+
 def requests(only: str, quick: bool):
+    stages: tuple[Stage, ...] = ("train", "decode")
     for name, budget, connector, slices in SYSTEMS:
-        if only not in name:
-            continue
-        for topology in slices:
-            for stage in ("train", "decode"):
-                config = finetuning.get_config()
-                rows = ROWS * len(open_topology(topology).devices)
-                request = Request(config, topology, stage, batch_size=rows, quick=quick)
-                request = request.changed(release=name, token_budget=budget, row__length=LENGTH)
-                request = request.changed(stages__instruction__batch_size=rows)
-                yield request if connector is None else request.changed(connector__kind=connector)
+        for topology, stage in itertools.product(slices, stages if only in name else ()):
+            request = request_for(name, topology, stage, rows=ROWS, quick=quick).changed(token_budget=budget)
+            yield request if connector is None else request.changed(connector__kind=connector)
 
 
 def cells(request: Request, plan: Plan | None, refused: str) -> list[str]:

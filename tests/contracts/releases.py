@@ -73,7 +73,8 @@ def template(image: str) -> str:
     return (
         "{% for m in messages %}{{ m['role'] | upper }}:{% if m['role'] == 'assistant' %}{% generation %}"
         "{% for c in m['content'] %} {{ c['text'] }}{% endfor %}</s>{% endgeneration %}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n{% else %}{{ c['text'] }}{% endif %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n"
+        "{% elif c['type'] == 'video' %}" + image.replace("image", "video") + "\n{% else %}{{ c['text'] }}{% endif %}"
         "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 
@@ -168,6 +169,30 @@ FOLDERS = {
             **HEAD,
         },
         names=_QWEN,
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
+    "qwen3_vl": Folder(
+        {
+            "model_type": "qwen3_vl",
+            "vision_config": {
+                **QWEN_TOWER,
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 25,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            "text_config": {**QWEN_TEXT, "model_type": "qwen3_vl_text", "head_dim": 8},
+            **HEAD,
+        },
+        names={
+            "model.visual.patch_embed.proj.weight": (1,),
+            "model.language_model.embed_tokens.weight": (1, 1),
+            "lm_head.weight": (1, 1),
+        },
         added=QWEN_TAGS,
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
@@ -272,7 +297,7 @@ def make(name: str, folder: Path) -> Pretrained:
     if name == "qwen":
         (folder / "qwen.tiktoken").write_bytes(tiktoken_ranks())
     elif not (folder / "tokenizer.json").exists():
-        _write_tokenizer(folder, case.added)
+        write_tokenizer(folder, case.added)
     if case.whole:
         return from_pretrained(folder)
     config: dict[str, Any] = dict(case.config)
@@ -308,7 +333,7 @@ def _changed(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _write_tokenizer(folder: Path, added: tuple[str, ...]) -> None:
+def write_tokenizer(folder: Path, added: tuple[str, ...]) -> None:
     """Bytes, and tokens that releases add."""
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(alphabet, []))

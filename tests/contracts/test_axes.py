@@ -5,18 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.connectors import CONNECTORS
 from vlm_jax.decoders import DECODERS
 from vlm_jax.encoders import ENCODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import BATCH_AXES, RULES
-from vlm_jax.types import VisualFeatures
-
-from .kinds import SIZES, small
+from vlm_jax.testing.kinds import SIZES, check_names, small
 
 
 def encoder_params(kind):
@@ -27,13 +23,6 @@ def encoder_params(kind):
 def cell_reader_params(kind):
     reader = CellReader(small(ENCODERS[kind]), (1, 1), 5)
     return jax.eval_shape(reader.init, jax.random.key(0), jnp.zeros((1, *SIZES["image_size"], 3)))
-
-
-def connector_params(kind):
-    connector = small(CONNECTORS[kind], **CONNECTORS[kind].for_budget(64, (8, 8)))
-    init = functools.partial(connector.init, deterministic=True)
-    features = VisualFeatures(jnp.zeros((1, 64, 12)), jnp.ones((1, 64), bool), (8, 8))
-    return jax.eval_shape(init, jax.random.key(0), features)
 
 
 def decoder_params(kind, **fields):
@@ -52,7 +41,6 @@ def untied_decoder_params(kind):
 KINDS = [
     *((encoder_params, kind) for kind in ENCODERS),
     *((cell_reader_params, kind) for kind in ENCODERS),
-    *((connector_params, kind) for kind in CONNECTORS),
     *((decoder_params, kind) for kind in DECODERS),
     (untied_decoder_params, "transformer"),
 ]
@@ -60,18 +48,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("params", "kind"), KINDS)
 def test_every_dimension_of_every_parameter_is_named(params, kind):
-    tree = params(kind)
-    boxed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    assert boxed
-    for path, leaf in boxed:
-        where = jax.tree_util.keystr(path)
-        assert isinstance(leaf, nn.LogicallyPartitioned), f"{where} has no names; make it with layers.dense.named"
-        assert len(leaf.names) == leaf.value.ndim, f"{where}: {leaf.names} for the shape {leaf.value.shape}"
-        unknown = set(leaf.names) - set(axes.ALL)
-        assert not unknown, f"{where}: {unknown} are no names of vlm_jax/axes.py"
-        assert all(name in RULES for name in leaf.names), f"{where}: {leaf.names}"
-        if "'layers'" in where:
-            assert leaf.names[0] == axes.LAYERS and leaf.value.shape[0] <= SIZES["depth"], where
+    check_names(params(kind), SIZES["depth"])
 
 
 def test_every_name_has_a_rule_and_every_rule_a_name():

@@ -11,20 +11,24 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import RowShape
 
+from ..advice import tried
 from .releases import FOLDERS, make
 
 CELLS = {
-    **{kind: {"reducer": kind} for kind in REDUCERS if kind != "none"},
+    # Those that choose by the question read a CLIP too: tests/reducers/test_guided.py.
+    **{kind: {"reducer": kind} for kind, cls in REDUCERS.items() if cls is not None and cls.guided_by is None},
     "fastv": {"reducer": {"kind": "fastv", "layer": 1}},
     "dart": {"reducer": {"kind": "dart", "layer": 1}},
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
-RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov")  # by the encoder's attention
-IN_DECODER = ("fastv", "pyramid_drop", "dart")
+# By the encoder's attention.
+RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov", "fastvid", "holitom")
+IN_DECODER = ("fastv", "pyramid_drop", "dart", "sparsevlm")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
 # the test of rows alone). The decoder of a cell is the release's, so that embeddings are all that
@@ -33,7 +37,7 @@ IN_DECODER = ("fastv", "pyramid_drop", "dart")
 # are computed, drops in the other kinds of decoders, and a drawn connector where it brings learned rows.
 COMPUTED = ("visionzip", "tome", "downsample_image")
 ALL_COMPUTED = ("llava", "qwen2_5_vl")
-ALSO_COMPUTED = (("deepseek_vl_v2", "fastv"), ("qwen", "fastv"), ("ovis", "pixel_shuffle"))
+ALSO_COMPUTED = (("qwen3_vl", "fastv"), ("deepseek_vl_v2", "fastv"), ("qwen", "fastv"), ("ovis", "pixel_shuffle"))
 TRACED = ("pyramid_drop", "pixel_shuffle", "resampler")
 BUDGET = 4
 # Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
@@ -54,8 +58,9 @@ TOKENS = {
     "qwen": (9, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
+    "qwen3_vl": (10, 1),
 }
-PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl")
+PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
@@ -96,7 +101,7 @@ def decoded(decoder):
     """A function of the decoder's parameters, embeddings and branches that gives logits."""
 
     def run(module, given, branches):
-        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches)
+        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels)
         return module.logits(hidden)
 
     return jax.jit(lambda params, *given: decoder.apply({"params": params}, *given, method=run))
@@ -183,6 +188,34 @@ def test_a_budget_is_met_or_refused(name, cell, released, reduced):
     assert found is None or np.isfinite(values).all()
 
 
+def clip(count=5):
+    return [np.random.default_rng(1).integers(0, 255, (20, 40, 3), np.uint8) for _ in range(count)]
+
+
+def test_a_reducer_of_videos_knows_the_frames_of_a_packed_video(released):
+    system = with_budget(released("qwen2_5_vl").system, BUDGET, reducer="dycoke")
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "So?"}]}]
+    example = system.processor.example(messages, pictures(1), [clip()])
+    batch = system.processor.rows([[example]], targets=False)
+    packed = batch.images.images
+    times = [len(set(one.positions[:, 0].tolist())) for one in example.images]
+    assert packed.frames.tolist() == [times] == [[3, 1]]  # two frames are a patch
+    assert packed.counts[0, 0] % 3 == 0 and packed.counts[0, 1] == TOKENS["qwen2_5_vl"][0]
+    assert int((batch.visual_index >= 0).sum()) == 2 * BUDGET
+
+
+def test_frames_that_are_images_are_no_video_to_a_reducer_of_videos(released):
+    system = released("internvl_chat").system
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "So?"}]}]
+    reduced = with_budget(system, BUDGET, reducer="dycoke").processor
+    with pytest.raises(PictureMismatch, match=tried("pass images, or choose a reducer that is not for videos")):
+        reduced.example(messages, (), [clip()])
+    images = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "So?"}]}]
+    assert reduced.example(images, pictures(1)).visual_tokens == (BUDGET * TOKENS["internvl_chat"][1],)
+    other = with_budget(system, BUDGET, reducer="random").processor
+    assert other.example(messages, (), [clip()]).visual_tokens == (BUDGET * 5,)
+
+
 def test_few_cells_are_refused():
     assert len(REFUSED) <= 0.15 * len(FOLDERS) * len(CELLS)
 
@@ -211,7 +244,7 @@ def test_a_full_budget_changes_no_logit(name, released):
 
 
 @pytest.mark.parametrize(
-    ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen2_5_vl", "fastv")]
+    ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen3_vl", "fastv")]
 )
 def test_rows_give_what_each_gives_alone(name, cell, reduced):
     """Rows of 0, 1 and 3 pictures in one batch, and two conversations in a row, compared with batches of one row."""
@@ -238,7 +271,7 @@ def test_rows_give_what_each_gives_alone(name, cell, reduced):
         close(found, alone[count])
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_kept_tokens_keep_their_positions(name, released):
     """As the release gives them where the other tokens are left out of its row by hand."""
     model = released(name)

@@ -13,7 +13,7 @@ from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.record_files import Rules, open_records
 from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import MalformedRecords
-from vlm_jax.types import images_of, text_of
+from vlm_jax.types import VideoSize, images_of, text_of
 
 
 def read_image(path, *, channels, max_pixels):
@@ -29,7 +29,7 @@ TOOLS = Tools(
     read_image=read_image,
     image_size=lambda path, *, max_pixels: read_image(path, channels=3, max_pixels=max_pixels).shape[:2],
     prepare_image=lambda image: image,
-    video_size=lambda path, *, max_pixels: (4, 2, 3),
+    video_size=lambda path, *, max_pixels: VideoSize(4, 2, 3),
 )
 
 

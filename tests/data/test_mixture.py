@@ -17,7 +17,7 @@ TOOLS = Tools(
     read_image=lambda path, *, channels, max_pixels: np.zeros((2, 2, channels), np.uint8),
     image_size=lambda path, *, max_pixels: (2, 2),
     prepare_image=lambda image: image,
-    video_size=lambda path, *, max_pixels: (4, 2, 2),
+    video_size=lambda path, *, max_pixels: VideoSize(4, 2, 2),
 )
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
 
+from ..advice import tried
 from ..parameters import drawn
 
 VOCAB, WIDTH, LENGTH, DEPTH = 11, 12, 5, 2
@@ -107,3 +108,13 @@ def test_queries_beyond_a_length_are_scaled_by_a_logarithm():
         factor = max(1.0, np.log(place + 1) / np.log(3))
         np.testing.assert_allclose(got[place], run(plain, factor)[place], atol=1e-5)
     assert np.abs(got[3:] - run(plain, 1.0)[3:]).max() > 1e-3
+
+
+def test_numbers_of_experts_without_experts_are_refused():
+    decoder = Transformer(VOCAB, WIDTH, DEPTH, 2, 1, 8, num_experts=4)
+    run = functools.partial(nn.init(logits_of, decoder), jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    with pytest.raises(ValueError, match=tried("not read without experts; set expert_dim")):
+        jax.eval_shape(run)
+    shapes = jax.eval_shape(functools.partial(nn.init(logits_of, decoder.clone(expert_dim=6)), *run.args))
+    kernel = nn.meta.unbox(shapes)["params"]["blocks"]["layers"]["mlp"]["experts"]["gate"]
+    assert kernel.shape == (DEPTH, 4, WIDTH, 6)

@@ -110,6 +110,28 @@ def test_select_layer_gives_a_hidden_state(kind, select):
     np.testing.assert_allclose(tokens.reshape(hidden.shape)[0, :104], hidden[0, :104], atol=1e-4)
 
 
+def test_levels_are_hidden_states_beside_the_attention():
+    """Those that are collected, of towers with whole and with windowed layers, which reducers look into."""
+    kind = "siglip2_navit in windows"
+    packed, params = packed_for(KINDS[kind]), params_of(kind)
+    hidden = encode(kind)(params, packed).hidden
+    found = jax.jit(KINDS[kind].clone(levels=(0, 2, -1), saliency="heads").apply)(params, packed)
+    assert found.saliency is not None
+    expected = np.concatenate([hidden[0], hidden[2], hidden[4]], axis=-1)
+    np.testing.assert_allclose(found.levels[0, :104], expected[0, :104], atol=1e-4)
+
+
+def test_levels_that_are_not_computed_are_refused():
+    encoder = KINDS["siglip2_navit"].clone(select_layer=2)
+    packed = packed_for(encoder)
+    with pytest.raises(ValueError, match=tried("with the hidden states 0 to {}; choose among these")):
+        encoder.clone(levels=(3,)).init(jax.random.key(0), packed)
+    with pytest.raises(ValueError, match=r"levels: expected numbers of hidden states in ascending order, got \(2, 1\)"):
+        encoder.clone(levels=(2, 1)).init(jax.random.key(0), packed)
+    run = functools.partial(encoder.clone(levels=(1, 2)).init_with_output, jax.random.key(0))
+    assert jax.eval_shape(run, packed)[0].levels.shape == (1, packed.patches.shape[1], 2 * encoder.width)
+
+
 def test_select_layer_beyond_the_depth_is_refused():
     encoder = KINDS["qwen2_5_vl"].clone(select_layer=5)
     with pytest.raises(ValueError, match="4 blocks have the hidden states 0 to 4"):

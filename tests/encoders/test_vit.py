@@ -75,7 +75,8 @@ def test_a_selected_layer_is_that_hidden_state_and_later_blocks_are_not_built(la
             tried("set pooling to 'none' and leave representation_size and projection_dim out"),
         ),
         (SELECTED, "final_norm 'pooled' has nothing to normalise"),
-        ({"class_token": False}, tried("class_position needs a class token; set class_token too")),
+        ({"class_token": False}, tried("class_position and num_registers need a class token; set class_token too")),
+        ({"class_token": False, "class_position": False, "num_registers": 2}, "num_registers need a class token"),
         ({"image_size": None}, "need image_size"),
     ],
 )

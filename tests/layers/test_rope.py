@@ -151,6 +151,15 @@ def test_sections_follow_the_temporal_position_the_row_and_the_column_in_turn():
     np.testing.assert_array_equal(of_text, angles_of())
 
 
+def test_interleaved_axes_take_every_third_wavelength():
+    """Up to three times the sections of row and column; all others are of the temporal position."""
+    positions = np.array([[[3, 5, 11], [4, 0, 2]]])
+    got = angles_of(positions=positions, sections=(4, 2, 2), interleaved=True)
+    np.testing.assert_allclose(got, positions[..., [0, 1, 2, 0, 1, 2, 0, 0]] * PLAIN, rtol=1e-6)
+    with pytest.raises(ValueError, match="three sections are needed for interleaved axes"):
+        Rope(THETA, sections=(4, 4), interleaved=True)
+
+
 def test_a_sequence_is_as_long_as_its_last_position_says():
     segments = jnp.array([[0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1]])
     positions = jnp.array([[90, 0, 1, 0, 1, 2], [90, 90, 90, 7, 8, 5]])

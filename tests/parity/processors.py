@@ -20,8 +20,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from vlm_jax.pretrained.processing import qwen_hf
+from vlm_jax.pretrained.processing import PROCESSORS
 
 SIZES = [(40, 70), (90, 31), (56, 56), (23, 200), (131, 97)]
 
@@ -151,6 +153,7 @@ QWEN = {
         Qwen2_5_VLModel,
         {"spatial_merge_size": 2, "tokens_per_second": 2, "window_size": 16},
     ),
+    "qwen3_vl": (transformers.Qwen3VLProcessor, Qwen3VLModel, {"spatial_merge_size": 2}),
 }
 
 
@@ -165,18 +168,20 @@ def qwen(kind, folder):
     made, model, vision = QWEN[kind]
     names = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
-    videos = Qwen2VLVideoProcessor(
+    third = kind == "qwen3_vl"  # whose limits are of all frames together
+    videos = (Qwen3VLVideoProcessor if third else Qwen2VLVideoProcessor)(
         patch_size=4,
         merge_size=2,
-        size={"shortest_edge": 1024, "longest_edge": 2048},
+        size={"shortest_edge": 1024, "longest_edge": 5120 if third else 2048},
         image_mean=[0.4, 0.5, 0.6],
         cap_pixels_per_frame=False,
+        do_sample_frames=False,
     )
     theirs = made(images, tokenizer(*names), videos, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
     folder, config = save(theirs, folder, model_type=kind, vision_config=vision)
     positions = object.__new__(model)
     object.__setattr__(positions, "config", Config(vision))
-    return theirs, positions, qwen_hf.processor(folder, config)
+    return theirs, positions, PROCESSORS[kind](folder, config)
 
 
 def patches_of(packed):

@@ -137,7 +137,7 @@ def internvl(folder):
     return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
 
 
-def qwen_vl(folder, kind, config, model, vision):
+def qwen_vl(folder, kind, config, model, vision, **more):
     processor, _, _ = qwen(kind, folder)
     ids = {
         name: processor.tokenizer.convert_tokens_to_ids(token)
@@ -152,6 +152,7 @@ def qwen_vl(folder, kind, config, model, vision):
         "vocab_size": len(processor.tokenizer),
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
         **TEXT,
+        **more,
     }
     vision = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
     return saved(folder, processor, model(config(text_config=text, vision_config=vision, **ids)))
@@ -173,6 +174,27 @@ def qwen2_5_vl(folder):
     }
     classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
+
+
+QWEN3_TOWER = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2],
+}
+
+
+def qwen3_vl(folder):
+    classes = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3)
+
+
+def qwen3_vl_moe(folder):
+    classes = transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3, **experts)
 
 
 def saved(folder, processor, model):

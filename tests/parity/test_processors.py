@@ -137,7 +137,10 @@ def test_qwen_videos(tmp_path, kind):
     between = [frame.resize((48, 40)) for frame in frames(3)]
     for given, fps in ((frames(5), 1.0), (pictures(1), 2.0), (between, 0.7), ([pictures(5)[4]] * 4, 3)):
         ours = processor(ABOUT_A_VIDEO, videos=[given], fps=fps)
-        expected = official_video(theirs, ABOUT_A_VIDEO, given, fps)
+        still = {}
+        if kind == "qwen3_vl" and len(given) == 1:  # which is refused there: the same frame, twice at one time
+            given, still = given * 2, {"frames_indices": [0, 0]}
+        expected = official_video(theirs, ABOUT_A_VIDEO, given, fps, **still)
         assert ("second_per_grid_ts" in expected) == (kind == "qwen2_5_vl")
         same_video(ours, expected, model, theirs)
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL's and Qwen2.5-VL's towers and mergers compared with transformers: loaded, applied, written back."""
+"""Towers and mergers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL compared with transformers: loaded, applied, written back."""
 
 import functools
 import json
@@ -13,12 +13,15 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_window_index
 
 import vlm_jax
@@ -32,6 +35,7 @@ TEXT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "vocab_size": 64,
     "bos_token_id": 5,
     "eos_token_id": 6,
@@ -55,6 +59,18 @@ SYSTEMS = {
             "out_hidden_size": 32,
             "window_size": 16,
             "fullatt_block_indexes": [1, 3],
+        },
+    ),
+    "qwen3_vl": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        {
+            **VISION,
+            "depth": 4,
+            "intermediate_size": 40,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [2, 0],
         },
     ),
 }
@@ -89,14 +105,15 @@ def patches_of(config):
 
 
 def reference(tower, patches):
-    """Outputs of every block and of the merger; the blocks' in the processor's order."""
+    """Outputs of every block and of the mergers; the blocks' in the processor's order."""
     states = []
     hooks = [
         block.register_forward_hook(lambda module, inputs, output: states.append(output)) for block in tower.blocks
     ]
     grids = torch.tensor(GRIDS)
     with torch.no_grad():
-        merged = tower(torch.from_numpy(patches), grids).pooler_output.numpy()
+        output = tower(torch.from_numpy(patches), grids)
+        merged = torch.cat([output.pooler_output, *(output.get("deepstack_features") or ())], dim=-1).numpy()
     for hook in hooks:
         hook.remove()
     config, states = tower.config, torch.stack(states).numpy()
@@ -120,8 +137,10 @@ def apply(model, patches, **more):
 
     features, tokens, whole = run(model.params, packed)
     assert connector.num_tokens(features.grid) == tokens.tokens.shape[1]
-    np.testing.assert_array_equal(whole.tokens, tokens.tokens)
-    return features.hidden[1:, 0, : len(patches)], tokens.tokens[0][tokens.mask[0]]
+    jax.tree.map(np.testing.assert_array_equal, whole, tokens)
+    levels = [] if tokens.levels is None else [tokens.levels]
+    every = np.concatenate([tokens.tokens, *levels], axis=-1)
+    return features.hidden[1:, 0, : len(patches)], every[0][tokens.mask[0]]
 
 
 def error(ours, theirs):
@@ -165,6 +184,7 @@ def test_written_back_transformers_loads_it(saved, tmp_path):
     [
         ("qwen2_vl", Qwen2VisionTransformerPretrainedModel),
         ("qwen2_5_vl", Qwen2_5_VisionTransformerPretrainedModel),
+        ("qwen3_vl", Qwen3VLVisionModel),
     ],
 )
 def test_a_tower_alone(system, tower, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
@@ -41,6 +42,8 @@ from .systems import (
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -49,10 +52,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NEW = 32
 
 
-SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
+SYSTEMS = (
+    llava,
+    llava_next,
+    deepseek_vl,
+    deepseek_vl_hybrid,
+    internvl,
+    ovis2,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl")
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 FPS = 2.0
@@ -163,6 +177,23 @@ def test_answers_of_a_ragged_batch(system):
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
 
 
+@pytest.mark.parametrize("system", (qwen3_vl_moe,), indirect=True, ids=lambda made: made.__name__)
+def test_experts_as_the_release_stores_them(system, tmp_path):
+    """With [in, out] kernels, and another key of the config; transformers turns both when it reads the release."""
+    _, model, ours = system
+    tensors = load_file(ours.folder / "model.safetensors")
+    experts = [name for name in tensors if ".experts." in name]
+    assert len(experts) == 6 and tensors[experts[0]].ndim == 3
+    tensors |= {name: np.ascontiguousarray(tensors[name].swapaxes(1, 2)) for name in experts}
+    config = json.loads((ours.folder / "config.json").read_text())
+    config["text_config"]["num_experts"] = config["text_config"].pop("num_local_experts")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    jax.tree.map(np.testing.assert_array_equal, vlm_jax.from_pretrained(tmp_path).params, ours.params)
+    for name, tensor in type(model).from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("system", (llava_next, qwen2_5_vl), indirect=True, ids=lambda made: made.__name__)
 def test_the_command_line(system, tmp_path):
     """A process for tiles and one for packed patches: pictures from files, the answer on standard output."""
@@ -179,6 +210,16 @@ def test_the_command_line(system, tmp_path):
     assert done.stdout.decode() == text + "\n", done.stderr.decode()
     # The answer of a random model has no box.
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(images[0]))
+
+
+@pytest.mark.parametrize("system", (qwen3_vl_moe,), indirect=True, ids=lambda made: made.__name__)
+def test_boxes_in_thousandths_of_the_image(system):
+    """As Qwen3-VL's cookbooks read them, whatever the size of the model's input."""
+    ours, picture = system[2], pictures(5)[4]
+    text = '[{"bbox_2d": [80, 250, 500, 1000], "label": "a sign"}]'
+    (box,) = ours.boxes(Completion(text, tuple(ours.tokenizer.encode(text)), "end"), picture)
+    expected = [0.08 * picture.width, 0.25 * picture.height, 0.5 * picture.width, picture.height]
+    np.testing.assert_allclose(box.box, expected)
 
 
 def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path):

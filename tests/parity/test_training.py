@@ -38,9 +38,22 @@ from .systems import (
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 
-SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
+SYSTEMS = (
+    llava,
+    llava_next,
+    deepseek_vl,
+    deepseek_vl_hybrid,
+    internvl,
+    ovis2,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
 STEPS, RATE = 5, 1e-3
 SETTINGS = OptimizerSettings(weight_decay=0.5, clip_norm=1.0)
 IMAGE = {"type": "image"}

@@ -23,7 +23,7 @@ G = 2**30
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.00G) "
             "exceeds available HBM (15.75G).",
-            40.0,
+            38.0,
             15.75,
         ),
         (

@@ -42,14 +42,15 @@ def of_pixels():
 def of_packed(reducer):
     """Two images of four and two tokens in a row, of which a reducer leaves two each."""
     saliency = reducer.required_fields().get("encoder", {})
+    levels = () if saliency else (1,)  # of one kind, which the decoder's block adds
     sizes = {"patch_size": 2, "width": WIDTH, "depth": 2, "num_heads": 2, "mlp_dim": 2 * WIDTH}
-    encoder = QwenViT(**sizes, window_size=8, full_layers=(1,), temporal_patch_size=1, **saliency)
+    encoder = QwenViT(**sizes, window_size=8, full_layers=(1,), temporal_patch_size=1, levels=levels, **saliency)
     patches = np.random.default_rng(0).normal(size=(ROWS, 24, encoder.patch_dim)).astype(np.float32)
     grids = [(1, 4, 4), (1, 2, 4)]
     packed = [pack_patches(row, grids, merge_size=2, window=encoder.window, length=32) for row in patches]
     images = jax.tree.map(lambda *rows: np.concatenate(rows), *packed)
     places = PackedImages(np.array([[0, 4]] * ROWS, np.int32), np.array([[4, 2]] * ROWS, np.int32), 4)
-    model = VLM(encoder, Concat(WIDTH, 2), decoder(), reducer, reduce="tokens")
+    model = VLM(encoder, Concat(WIDTH, 2, levels=len(levels)), decoder(), reducer, reduce="tokens")
     return model, dataclasses.replace(images, images=places)
 
 

@@ -12,10 +12,9 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
-from vlm_jax.processors.conversation import VideoSize
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.native import NativeViews, VolumeLimits
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -24,7 +23,7 @@ from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.types import PatchFormat, RowShape
+from vlm_jax.types import PatchFormat, RowShape, VideoSize
 
 from .letters import MARKS, TEMPLATE, TOKENIZER, Letters
 
@@ -228,6 +227,7 @@ def test_a_conversation_that_goes_on_ends_without_an_answer():
 
 TILES = InternVLViews(Pixels(), 4, 2)
 NATIVE = NativeViews(Pixels(), PatchFormat(4, 2, 2, window=2), qwen_size, 64, 4096, rotary_3d=True)
+PARTS = dataclasses.replace(NATIVE, format=PatchFormat(4, 2, 2), video_limits=VolumeLimits(256, 4096), video_parts=True)
 ANSWERED = {"role": "assistant", "content": "ok"}
 
 
@@ -243,6 +243,7 @@ def answered(*parts):
         (FixedTilesViews(Pixels(), (4, 4), 2, (1, 2), thumbnail=True), [(4, 12), (8, 8)], (3, 9, 5)),
         (NATIVE, [(40, 40), (24, 56)], (5, 24, 16)),
         (NATIVE, [], (4, 40, 40)),
+        (PARTS, [], (5, 24, 16)),
         (NATIVE, [], None),
     ],
 )
@@ -255,7 +256,7 @@ def test_a_measure_is_the_load_of_the_example(views, sizes, video, limits):
     assert made.measure(messages, sizes, [] if video is None else [VideoSize(*video)], **limits) == example.load
     row = made.rows([[example]], targets=False)
     assert row.tokens.shape == (1, example.load.length)
-    taken = 0 if row.images is None else (row.images.patches if views is NATIVE else row.images).shape[1]
+    taken = 0 if row.images is None else (row.images.patches if isinstance(views, NativeViews) else row.images).shape[1]
     assert taken <= example.load.images  # several images with windows may be packed more densely
     assert (taken == example.load.images) or (views is NATIVE and len(sizes) + len(videos) > 1)
 

@@ -76,7 +76,7 @@ def test_a_file_gives_the_chosen_frames_and_their_rate(tmp_path, as_path):
     if as_path:
         (tmp_path / "v.mp4").write_bytes(source)
         source = tmp_path / "v.mp4"
-    frames, fps = read_video(source, RateSampler())
+    frames, fps, _ = read_video(source, RateSampler())
     assert levels(frames) == [0, 6, 12, 17, 23, 29]
     assert frames[0].size == (48, 32)
     assert fps == pytest.approx(2.0)
@@ -101,7 +101,7 @@ def test_segments_give_their_middle_frames(num_frames, segments):
 
 
 def test_frames_that_are_chosen_twice_are_there_twice():
-    frames, _ = read_video(video(3, 10), SegmentSampler(6))
+    frames, *_ = read_video(video(3, 10), SegmentSampler(6))
     chosen = SegmentSampler(6).chosen(3, 10)
     assert levels(frames) == chosen.tolist() and len(set(levels(frames))) < 6
 
@@ -117,8 +117,8 @@ def turned(file, degrees):
 @pytest.mark.parametrize("degrees", [0, 90])
 def test_the_size_of_a_file_is_that_of_its_frames(degrees):
     source = turned(video(30, 10), degrees)
-    frames, _ = read_video(source, RateSampler())
-    assert video_size(source, RateSampler()) == (len(frames), frames[0].height, frames[0].width)
+    frames, *_ = read_video(source, RateSampler())
+    assert video_size(source, RateSampler())[:3] == (len(frames), frames[0].height, frames[0].width)
     with pytest.raises(CorruptImage, match=r"clip: its frames have 32x48 pixels, more than max_pixels=9"):
         video_size(source, RateSampler(), max_pixels=9, name="clip")
     with pytest.raises(CorruptImage, match="clip: "):
@@ -136,7 +136,7 @@ def test_a_video_is_shown_as_its_file_says(degrees):
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(corner, format="rgb24")))
         container.mux(stream.encode())
-    frames, _ = read_video(turned(buffer.getvalue(), degrees), RateSampler())
+    frames, *_ = read_video(turned(buffer.getvalue(), degrees), RateSampler())
     expected = np.rot90(corner, k=-degrees // 90)  # counterclockwise
     assert frames[0].size == expected.shape[1::-1]
     np.testing.assert_allclose(np.asarray(frames[0]), expected, atol=12)
@@ -167,7 +167,7 @@ def test_what_is_no_video_is_named():
 def test_a_later_frame_has_bounds_too():
     """A size may change within a stream; what a header tells is no bound of the memory."""
     changing = b"".join(video(4, 10, size, "mpeg2video", "mpegts") for size in ((32, 48), (64, 96)))
-    frames, _ = read_video(changing, SegmentSampler(2))
+    frames, *_ = read_video(changing, SegmentSampler(2))
     assert {frame.size for frame in frames} == {(48, 32), (96, 64)}
     with pytest.raises(CorruptImage, match="Invalid"):
         read_video(changing, SegmentSampler(2), max_pixels=64 * 96 - 1)
@@ -245,7 +245,7 @@ def test_every_frame_is_read_and_told_once(caplog):
     video_module._tell_every_frame.cache_clear()
     sampler = EveryFrame(MiddleSampler(4))
     with caplog.at_level(logging.WARNING):
-        frames, rate = read_video(video(5, 10), sampler)
+        frames, rate, _ = read_video(video(5, 10), sampler)
         read_video(video(3, 10), sampler)
     assert (levels(frames), rate) == (list(range(5)), 10)
     (told,) = [record.message for record in caplog.records if "every frame" in record.message]

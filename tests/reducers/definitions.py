@@ -28,6 +28,25 @@ def divprune(tokens, count):
     return sorted(kept)
 
 
+def cdpruner(tokens, image, text, count):
+    """Zhang et al. 2025 (CDPruner), section 3.3: greedily the largest determinant of the conditional kernel."""
+    cosines = np.array([[cosine(a, b) for b in text] for a in image]).mean(1)
+    relevance = (cosines.max() - cosines) / (cosines.max() - cosines.min())
+    kernel = np.array([[cosine(a, b) for b in tokens] for a in tokens]) * np.outer(relevance, relevance)
+    kept = []
+    for _ in range(count):
+        rest = [i for i in range(len(tokens)) if i not in kept]
+        kept.append(max(rest, key=lambda i: np.linalg.det(kernel[np.ix_([*kept, i], [*kept, i])])))
+    return sorted(kept)
+
+
+def trim(tokens, image, text, count):
+    """Song et al. 2024 (TRIM), section 3, with the release's sign; {place: token}."""
+    order = np.argsort([np.mean([cosine(a, b) for b in text]) for a in image], kind="stable").tolist()
+    kept, rest = order[: count - 1], order[count - 1 :]
+    return {**{i: tokens[i] for i in kept}, rest[0]: tokens[rest].mean(0)}
+
+
 def visionzip(tokens, saliency, keys, count, contextual):
     """Yang et al. 2024, sections 3.2 and 3.3; {place: token}."""
     metric = keys.mean(1)
@@ -99,16 +118,17 @@ def dart(states, norms, tokens, text, count, pivots):
 
 
 def tome_merge(x, size, place, metric, count, prefix):
-    """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged."""
+    """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged; none of the prefix."""
     first, second = list(range(0, len(x), 2)), list(range(1, len(x), 2))
     edges = []
-    for a in first[prefix:]:
-        b = max(second, key=lambda b: cosine(metric[a], metric[b]))
+    for a in (a for a in first if a >= prefix):
+        b = max((b for b in second if b >= prefix), key=lambda b: cosine(metric[a], metric[b]))
         edges.append((cosine(metric[a], metric[b]), a, b))
     edges = sorted(edges, key=lambda edge: -edge[0])[:count]
     gone = {a for _, a, _ in edges}
     members = {b: [b, *[a for _, a, target in edges if target == b]] for b in second}
     groups = [[a] for a in first if a not in gone] + [members[b] for b in second]
+    groups.sort(key=lambda group: min(place[group[0]], prefix))  # the prefix stays in front
     total = np.array([size[group].sum() for group in groups])
     merged = np.array([(x[group] * size[group, None]).sum(0) for group in groups]) / total[:, None]
     return merged, total, np.array([place[group[0]] for group in groups])
@@ -117,3 +137,36 @@ def tome_merge(x, size, place, metric, count, prefix):
 def highest(scores, places, count):
     """The `count` of `places` with the highest scores, ascending."""
     return sorted(sorted(places, key=lambda place: -scores[place])[:count])
+
+
+def raters(embeddings, visual, text):
+    """Zhang et al. 2024 (SparseVLM), section 3.2: text more like the image than the mean, from the decoder's input."""
+    likeness = softmax(embeddings[visual] @ embeddings[text].T).mean(0)
+    found = [place for place, share in zip(text, likeness, strict=True) if share > likeness.mean()]
+    return found or text
+
+
+def recycled(states, order, count):
+    """({place: state}, places left) of `order`, which falls: the best stay, 30% of the others become a tenth.
+
+    Together they are `count`; a cluster is at the place of its centre, by the density of Du et al. 2016.
+    """
+
+    def sizes(kept):
+        candidates = int((len(order) - kept) * 0.3) + 1
+        return candidates, candidates // 10 + 1
+
+    kept = max(n for n in range(1, count) if n + sizes(n)[1] <= count)
+    candidates, number = sizes(kept)
+    best = order[kept : kept + candidates]
+    far = np.array([[np.linalg.norm(states[a] - states[b]) / len(states[a]) ** 0.5 for b in best] for a in best])
+    density = np.exp(-np.mean(np.sort(far, axis=1)[:, :number] ** 2, axis=1))
+    apart = [
+        min([far[i, j] for j in range(candidates) if density[j] > density[i]] or [far.max()]) for i in range(candidates)
+    ]
+    centers = sorted(range(candidates), key=lambda i: -apart[i] * density[i])[:number]
+    joined = {center: [] for center in centers}
+    for i in range(candidates):
+        joined[i if i in joined else min(centers, key=lambda c: far[i, c])].append(states[best[i]])
+    merged = {best[center]: np.mean(members, axis=0) for center, members in joined.items()}
+    return merged, sorted([*order[:kept], *merged])

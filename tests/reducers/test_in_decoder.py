@@ -1,4 +1,4 @@
-"""FastV, PyramidDrop and DART in a decoder, against NumPy blocks over rows that really get shorter."""
+"""FastV, PyramidDrop, DART and SparseVLM in a decoder, against NumPy blocks over rows that really get shorter."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
+from vlm_jax.decoders import dropping
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
@@ -18,6 +19,7 @@ from vlm_jax.processors.reduction import visual_places
 from vlm_jax.reducers.dart import DART
 from vlm_jax.reducers.fastv import FastV
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
+from vlm_jax.reducers.sparsevlm import SparseVLM
 from vlm_jax.types import Batch, Drop, VisualPlaces
 
 from ..parameters import drawn
@@ -28,9 +30,13 @@ TOKENS = 6  # of an image
 FASTV = FastV(3, TOKENS, DEPTH, layer=1).drops()
 PYRAMID = PyramidDrop(2, TOKENS, DEPTH).drops()
 UNLIKE = DART(3, TOKENS, DEPTH, layer=1, image_pivots=1, text_pivots=2).drops()
+RATED = SparseVLM(3, TOKENS, DEPTH, layers=(0,)).drops()
+PLUS = SparseVLM(2, TOKENS, DEPTH, layers=(0, 1), version="2.0", num_heads=1).drops()
 AT_ONCE = PyramidDrop(2, TOKENS, DEPTH, layers=(0, 2)).drops()
 every_drops = pytest.mark.parametrize("drops", [FASTV, PYRAMID], ids=["fastv", "pyramid_drop"])
-every_rule = pytest.mark.parametrize("drops", [FASTV, PYRAMID, UNLIKE], ids=["fastv", "pyramid_drop", "dart"])
+every_rule = pytest.mark.parametrize(
+    "drops", [FASTV, PYRAMID, UNLIKE, RATED, PLUS], ids=["fastv", "pyramid_drop", "dart", "sparsevlm", "sparsevlm-plus"]
+)
 
 
 def decoder(drops=(), **fields):
@@ -106,13 +112,18 @@ def by_hand(batch, row, drops, ranking, windows=(None,) * DEPTH):
     x = own["embedding"]["embedding"][np.asarray(batch.tokens[row])][left]
     positions = np.asarray(batch.positions[row])
     counts = dict.fromkeys((0, 1), TOKENS)
-    before = x
+    before, given = x, own["embedding"]["embedding"][np.asarray(batch.tokens[row])]
+    images = {
+        image: [p for p in left if batch.visual_index[row, p] // TOKENS == image and LAYOUT[row, p] >= 0]
+        for image in counts
+    }
     for layer in range(DEPTH + 1):
         for drop in (drop for drop in drops if drop.layer == layer):
             ranked_by = jax.tree.map(lambda leaf, i=drop.ranked_by: leaf[i], own["blocks"]["layers"])
             source = x if drop.ranked_by == layer else before
             q, k, _ = blocks.heads(source, ranked_by, HEADS, KV, EPSILON, positions[left], THETA)
-            attended = blocks.weights(q, k, causal(len(left), windows[drop.ranked_by])).mean(0)
+            weights = blocks.weights(q, k, causal(len(left), windows[drop.ranked_by]))
+            attended = weights.mean(0)
             received = dict(zip(left, attended[[list(left).index(r) for r in ranking]].mean(0), strict=True))
             norms = dict(zip(left, np.abs(k).sum((1, 2)), strict=True))
             states = dict(zip(left, blocks.norm(x, own["final_norm"], EPSILON), strict=True))
@@ -121,12 +132,30 @@ def by_hand(batch, row, drops, ranking, windows=(None,) * DEPTH):
                 tokens = [p for p in left if batch.visual_index[row, p] // TOKENS == image and LAYOUT[row, p] >= 0]
                 assert len(tokens) == counts[image]
                 counts[image] = drop.num_kept
-                if drop.pivots is None:
-                    chosen = definitions.highest(received, tokens, drop.num_kept)
-                else:
-                    end = min(place for place in ranking if place > max(tokens))
-                    text = [p for p in left if max(tokens) < p <= end and LAYOUT[row, p] < 0]
+                last = max(images[image])
+                end = min(place for place in ranking if place > last)
+                text = [p for p in left if last < p <= end and LAYOUT[row, p] < 0]
+                if drop.pivots is not None:
                     chosen = definitions.dart(states, norms, tokens, text, drop.num_kept, drop.pivots)
+                elif drop.rating is not None:
+                    rates = np.isin(left, definitions.raters(given, images[image], text))
+                    of_heads = weights[:, rates].mean(1)
+                    if drop.rating.without_rotary:
+                        apart = np.subtract.outer(positions[left], positions[left])[..., None]
+                        half = q.shape[-1] // 2
+                        ones = 2 * np.cos(apart / THETA ** (np.arange(half) / half)).sum(-1) / (2 * half) ** 0.5
+                        of_heads = (weights / ones)[:, rates].mean(1)
+                        best = np.argsort(-of_heads[:, np.isin(left, tokens)].sum(1))[: drop.rating.num_heads]
+                        of_heads = of_heads[best]
+                    scores = dict(zip(left, of_heads.mean(0), strict=True))
+                    chosen = definitions.highest(scores, tokens, drop.num_kept)
+                    if drop.rating.recycles:
+                        order = sorted(tokens, key=lambda p: -scores[p])
+                        merged, chosen = definitions.recycled(dict(zip(left, x, strict=True)), order, drop.num_kept)
+                        for place, state in merged.items():
+                            x[left == place] = state
+                else:
+                    chosen = definitions.highest(received, tokens, drop.num_kept)
                 keep -= set(tokens) - set(chosen)
             chosen = [i for i, p in enumerate(left) if p in keep]
             left, x = left[chosen], x[chosen]
@@ -262,6 +291,22 @@ def test_fewer_operations_are_done(batch, drops):
     assert cost(drops) < cost(())
 
 
+def test_levels_are_dropped_with_their_tokens(batch):
+    rng = np.random.default_rng(7)
+    x, levels = (rng.normal(size=(*LAYOUT.shape, width)).astype(np.float32) for width in (WIDTH, 2 * WIDTH))
+    every = jnp.broadcast_to(jnp.arange(LENGTH)[None], LAYOUT.shape)
+    angles = jnp.zeros((*LAYOUT.shape, 1))
+    rows = dropping.Rows(
+        jnp.asarray(x), batch.positions, None, angles, None, batch.segment_ids, None, every, jnp.asarray(levels)
+    )
+    saliency = jnp.asarray(rng.uniform(size=LAYOUT.shape).astype(np.float32))
+    left, _ = dropping.drop(rows, places_of(batch), saliency, jnp.full((2, 2), 2), 2, LENGTH - 8)
+    for row in range(2):
+        places = [np.flatnonzero((x[row] == own).all(-1))[0] for own in np.asarray(left.x[row])]
+        assert len(set(places)) == LENGTH - 8
+        np.testing.assert_array_equal(left.levels[row], levels[row][places])
+
+
 @every_drops
 def test_the_lowered_program_does_fewer_operations(batch, drops):
     long = dataclasses.replace(
@@ -300,6 +345,15 @@ def test_bfloat16_is_finite_and_near(batch, drops):
 
 def test_schedules_are_those_of_the_papers():
     assert FastV(288, 576, 32).drops() == (Drop(2, 288, 1),)
+    plus = SparseVLM(64, 576, 32, version="2.0").drops()
+    assert [(drop.layer, drop.ranked_by, drop.num_left(576)) for drop in plus] == [
+        (3, 2, 277),
+        (7, 6, 133),
+        (16, 15, 64),
+    ]
+    # Of 576 tokens 300 stay, and int(0.3 * 276) + 1 = 83 become 9; of 309, 200 and 33 as 4; of 204, 110 and 29 as 3.
+    named = SparseVLM(64, 576, 32, rule="as_released").drops()
+    assert [drop.num_left(576) for drop in named] == [309, 204, 113]
     assert DART(64, 576, 32).drops() == (Drop(2, 64, 1, pivots=(4, 4)),)
     (released,) = DART(1, 576, 32, rule="as_released", ratio=0.778).drops()
     assert released.num_left(576) == 4 + 8 * 15  # 576 * 0.222 / 8 is 15.98

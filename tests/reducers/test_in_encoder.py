@@ -19,6 +19,7 @@ from ..parameters import drawn
 from . import blocks, definitions
 
 HEADS, DEPTH, PATCHES, EPSILON = 2, 3, 20, 1e-6
+PREFIX = {0: {}, 1: {"class_token": True}, 4: {"class_token": True, "num_registers": 3}}
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 20, 3)), jnp.float32)
 
 
@@ -41,10 +42,10 @@ def params(**fields):
 
 
 @functools.cache
-def hidden(class_token):
+def hidden(prefix):
     """The blocks' parameters, and what enters the first: [B, T, D]."""
-    module = vit(class_token=class_token)
-    own = params(class_token=class_token)
+    module = vit(**PREFIX[prefix])
+    own = params(**PREFIX[prefix])
     states = jax.jit(functools.partial(module.apply, collect=True))(own, IMAGES).hidden
     layers = [
         jax.tree.map(lambda leaf, i=i: np.float64(leaf[i]), own["params"]["blocks"]["layers"]) for i in range(DEPTH)
@@ -52,22 +53,20 @@ def hidden(class_token):
     return layers, np.float64(states)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
-@pytest.mark.parametrize("kind", ["heads", "joined"])
-def test_saliency_is_the_attention_that_is_received_in_the_last_block(class_token, kind):
-    module = vit(class_token=class_token, saliency=kind)
-    out = jax.jit(module.apply)(params(class_token=class_token), IMAGES)
-    plain = jax.jit(vit(class_token=class_token).apply)(params(class_token=class_token), IMAGES)
+@pytest.mark.parametrize(("prefix", "kind"), [(0, "heads"), (0, "joined"), (1, "heads"), (1, "joined"), (4, "heads")])
+def test_saliency_is_the_attention_that_is_received_in_the_last_block(prefix, kind):
+    module, own = vit(**PREFIX[prefix], saliency=kind), params(**PREFIX[prefix])
+    out = jax.jit(module.apply)(own, IMAGES)
+    plain = jax.jit(vit(**PREFIX[prefix]).apply)(own, IMAGES)
     np.testing.assert_allclose(out.tokens, plain.tokens, atol=1e-5)  # the features are what they were
-    layers, states = hidden(class_token)
-    prefix = int(class_token)
+    layers, states = hidden(prefix)
     for image in range(2):
         q, k, _ = blocks.heads(states[-2][image], layers[-1], HEADS, HEADS, EPSILON)
         np.testing.assert_allclose(out.keys[image], k[prefix:], atol=1e-5)
         if kind == "joined":
             q, k = (x.reshape(len(x), 1, -1) for x in (q, k))
         attended = blocks.weights(q, k, 0).mean(0)
-        expected = attended[0] if class_token else attended.mean(0)
+        expected = attended[0] if prefix else attended.mean(0)
         np.testing.assert_allclose(out.saliency[image], expected[prefix:], atol=1e-6)
 
 
@@ -75,34 +74,34 @@ def test_attention_is_that_of_the_last_block_that_is_built():
     module, own = vit(class_token=True, saliency="heads", select_layer=-2), params(class_token=True)
     cut = jax.tree.map(lambda leaf: leaf[: DEPTH - 1], own["params"]["blocks"])
     out = jax.jit(module.apply)({"params": {**own["params"], "blocks": cut}}, IMAGES)
-    layers, states = hidden(True)
+    layers, states = hidden(1)
     q, k, _ = blocks.heads(states[-3][0], layers[-2], HEADS, HEADS, EPSILON)
     np.testing.assert_allclose(out.saliency[0], blocks.weights(q, k, 0).mean(0)[0, 1:], atol=1e-6)
     np.testing.assert_allclose(out.tokens[0], states[-2][0, 1:], atol=1e-5)
 
 
-def merged_by_hand(image, counts, class_token):
+def merged_by_hand(image, counts, prefix):
     """The tokens left, in order of their places, through NumPy blocks."""
-    layers, states = hidden(class_token)
+    layers, states = hidden(prefix)
     x = states[0][image]
     size, place = np.ones(len(x)), np.arange(len(x))
     for p, count in zip(layers, counts, strict=True):
         q, k, v = blocks.heads(x, p, HEADS, HEADS, EPSILON)
         x = blocks.attend(x, p, q, k, v, np.log(size))
         if count:
-            x, size, place = definitions.tome_merge(x, size, place, k.mean(1), count, int(class_token))
+            x, size, place = definitions.tome_merge(x, size, place, k.mean(1), count, prefix)
         x = blocks.feed_forward(x, p, EPSILON)
-    assert size.sum() == PATCHES + class_token
-    return x[np.argsort(place)][int(class_token) :]
+    assert size.sum() == PATCHES + prefix
+    return x[np.argsort(place)][prefix:]
 
 
-@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("prefix", PREFIX)
 @pytest.mark.parametrize("counts", [(4, 4, 4), (10, 0, 2)], ids=str)
-def test_merging_is_what_the_paper_says(class_token, counts):
-    out = jax.jit(vit(class_token=class_token, merged=counts).apply)(params(class_token=class_token), IMAGES)
+def test_merging_is_what_the_paper_says(prefix, counts):
+    out = jax.jit(vit(**PREFIX[prefix], merged=counts).apply)(params(**PREFIX[prefix]), IMAGES)
     assert out.grid == (1, PATCHES - sum(counts)) and out.mask.all()
     for image in range(2):
-        np.testing.assert_allclose(out.tokens[image], merged_by_hand(image, counts, class_token), atol=2e-5)
+        np.testing.assert_allclose(out.tokens[image], merged_by_hand(image, counts, prefix), atol=2e-5)
 
 
 def test_merging_costs_what_shorter_sequences_cost():

@@ -12,6 +12,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.train import lock as locks
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.lock import WorkdirInUse, lock
+from vlm_jax.train.workdir import WorkdirError
 
 from ..advice import tried
 
@@ -144,6 +145,25 @@ def test_paths_are_recorded_in_absolute_form(workdir, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     Claim(workdir, config | {"release": str(tmp_path / "released")} | {"data": found["data"]})
     assert recorded(workdir.parent / "hub", changed("release", "org/name"))["release"] == "org/name"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0, "lo', b"[]", b"\xff\xfe"])
+def test_a_config_that_was_cut_short_is_named(workdir, content):
+    recorded(workdir)
+    (workdir / "config.json").write_bytes(content)
+    told = tried("has to be that of the run's start; put it back, or use another --workdir")
+    with pytest.raises(ConfigError, match=rf"{workdir}/config\.json: (not JSON|expected a JSON object).*{told}"):
+        Claim(workdir, CONFIG)
+    assert recorded(workdir.parent / "another")["seed"] == CONFIG["seed"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    told = tried("cannot be written ({}); fix the permissions, or use another --workdir")
+    with pytest.raises(WorkdirError, match=f"^/sys/run: {told}"):  # where not even root may make a folder
+        recorded(epath.Path("/sys/run"))
+    with pytest.raises(WorkdirError, match=f"^/sys: {told}"), lock(epath.Path("/sys/run.lock")):
+        pass
+    assert recorded(epath.Path(tmp_path) / "run")["seed"] == CONFIG["seed"]
 
 
 HOLD = """

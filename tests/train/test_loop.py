@@ -149,18 +149,25 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(config, one_devic
     assert not any(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finished, tmp_path, caplog):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    assert checkpoints == [10, 12]
-    files = [path for path in (tmp_path / "checkpoints" / "12").rglob("*") if path.is_file()]
-    for path in files:
-        if path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:100])
-    told = tried("checkpoint {12} in {} cannot be read: it is damaged or of another model. Delete the folder {}")
-    with pytest.raises(CheckpointError, match=f"{told}.*12 .*resumes from checkpoint 10"):
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()) == [10, 12]
+    (checkpoints / "12" / "position" / "metadata").write_text("[]")
+    again = train(config, one_device, tmp_path)
+    assert "12/position/metadata: expected a JSON object" in caplog.text
+    assert f"resumes from checkpoint 10; {checkpoints / '12'} is kept as 12.damaged" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, again.params, finished[1].params)
+    assert losses(tmp_path) == losses(finished[0])
+    assert (checkpoints / "12.damaged" / "position" / "metadata").read_text() == "[]"
+
+    for step in ("10", "12"):
+        (checkpoints / step / "state" / "manifest.ocdbt").unlink()
+    told = tried("No other checkpoint is left; delete the folder {} and run the same command to start anew")
+    with pytest.raises(CheckpointError, match=f"checkpoint 12 .*12/state/manifest.ocdbt: is missing.*{told}"):
         train(config, one_device, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    assert (checkpoints / "12").exists()  # nothing is moved where nothing can be read
+    shutil.rmtree(checkpoints)
     again = train(config, one_device, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.params, finished[1].params)
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from vlm_jax.analysis.attention_distance import draw_attention_distance, mean_attention_distance
 from vlm_jax.analysis.filters import FilterComponents, draw_filters, filter_components
+from vlm_jax.analysis.kept import Kept, draw_kept
 from vlm_jax.analysis.position_similarity import draw_position_similarity, position_similarity
 from vlm_jax.analysis.probe import attention_weights, first_filters, patch_size, position_embeddings
 from vlm_jax.analysis.token_maps import Connect, draw_token_maps, token_maps
@@ -24,6 +25,7 @@ from vlm_jax.types import Array, Grid, Params, VisualFeatures
 
 ARRAYS_FILE = "arrays.npz"
 HTML_FILE = "report.html"
+MOST_MAPS = 64  # token maps in a figure; evenly spaced ones where there are more tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Analysis:
       similarity: cosines of the position embeddings; None where none are added.
       token_maps: maps of the tokens of the first image; None without a connector.
       page: the first image, for the token maps.
+      kept: what reducers keep of the first image.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Analysis:
     similarity: Float[np.ndarray, "R C R C"] | None
     token_maps: Float[np.ndarray, "M N"] | None
     page: np.ndarray
+    kept: tuple[Kept, ...] = ()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of `arrays.npz`, by name."""
@@ -64,6 +68,7 @@ class Analysis:
             "position_similarity": self.similarity,
             **{f"filter_{name}": value for name, value in self.filters._asdict().items()},
             "token_maps": self.token_maps,
+            **{f"kept_{one.reducer}": one.index for one in self.kept},
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -77,6 +82,7 @@ def analyse(
     batch_size: int = 8,
     connect: Connect | None = None,
     num_projections: int | None = None,
+    kept: tuple[Kept, ...] = (),
 ) -> Analysis:
     """Computes every array of a report.
 
@@ -88,6 +94,7 @@ def analyse(
       batch_size: images whose attention weights are in memory at a time.
       connect: function from features to visual tokens, for token maps of the first image; see `token_maps`.
       num_projections: as in `token_maps`.
+      kept: what reducers keep of the first image, to be drawn.
 
     Raises:
       ValueError: no image, or an unsupported encoder; see `probe`.
@@ -127,6 +134,7 @@ def analyse(
         similarity=None if table is None else position_similarity(table),
         token_maps=maps,
         page=_displayable(images[0]),
+        kept=kept,
     )
 
 
@@ -146,9 +154,13 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
     drawn["filters"] = draw_filters(analysis.filters)
     if analysis.token_maps is not None:
         patches = analysis.grid[0] * analysis.grid[1]  # a class token's share is not plotted
+        maps = analysis.token_maps[:, -patches:]
+        shown = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MOST_MAPS)).round().astype(int))
         drawn["token_maps"] = draw_token_maps(
-            analysis.page, analysis.token_maps[:, -patches:], analysis.grid, patch_size=analysis.patch_size
+            analysis.page, maps, analysis.grid, patch_size=analysis.patch_size, tokens=shown.tolist()
         )
+    if analysis.kept:
+        drawn["kept"] = draw_kept(analysis.page, analysis.kept)
     return drawn
 
 
@@ -198,7 +210,8 @@ _CAPTIONS = {
     "filters": "Principal components of the filters of the first layer, after subtracting their mean; grey is 0. "
     "Dosovitskiy et al. 2021, figure 7 (left).",
     "token_maps": "Norms of the derivative of each visual token of the first image with respect to each patch feature, "
-    "as shares of their sum. After Luo et al. 2016, section 2.",
+    f"as shares of their sum; {MOST_MAPS} tokens at even steps where there are more. After Luo et al. 2016, section 2.",
+    "kept": "What training-free reducers keep of the first image; a merged token is at the place of one of its parts.",
 }
 
 _TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\

@@ -41,7 +41,6 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.conversation import VideoSize
 from vlm_jax.processors.image import image_size, open_image, to_picture
 from vlm_jax.processors.learned import AS_RELEASED
 from vlm_jax.processors.native import NativeViews
@@ -52,7 +51,7 @@ from vlm_jax.processors.video import uniform_frames, video_size
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
 from vlm_jax.system import Budget, System
-from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
+from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes, VideoSize
 
 Part = TypeVar("Part", Encoder, Decoder)
 
@@ -134,7 +133,7 @@ class Experiment(WithParameters):
         Raises:
           As `Processor.measure`, naming the sample.
         """
-        messages, sizes, clips = sample.messages, list(sample.sizes), [VideoSize(*size) for size in sample.videos]
+        messages, sizes, clips = sample.messages, list(sample.sizes), list(sample.videos)
         if self.num_frames is not None:
             if not sizes:
                 raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
@@ -289,6 +288,11 @@ def _of_sections(config: RunConfig) -> Experiment:
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
     shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
+    if vision.reducer is not None and vision.reducer.reduces_clips and shape.images % (settings.frames or 1):
+        raise ConfigError(
+            f"config.row.images: {config.reducer.kind} compares the frames of whole clips; expected a multiple of "
+            f"config.processor.frames={settings.frames}, got {shape.images}"
+        )
     text_rows = {}
     for stream, context in source.text_streams.items():
         length = shape.length if row.pack else row.positions(0) + context

@@ -43,7 +43,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.ranges import Finite, Positive, Size
 from vlm_jax.system import System
-from vlm_jax.types import Fields, ImageTextBatch, Sample
+from vlm_jax.types import Fields, ImageTextBatch, Sample, VideoSize
 
 CAPTIONS = "captions"  # the stream of images with captions
 
@@ -183,7 +183,7 @@ def label_of(sample_id: str, caption: str, names: Sequence[str]) -> int:
     return names.index(caption)
 
 
-def _no_video(*_: Any, **__: Any) -> tuple[int, int, int]:
+def _no_video(*_: Any, **__: Any) -> VideoSize:
     raise ValueError("this model takes no videos")
 
 

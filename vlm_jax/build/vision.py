@@ -91,7 +91,7 @@ def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decode
     num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
 
     def solve(budget: int) -> Vision:
-        reducer = _reducer(config.reducer, budget, full_grid, encoder, decoder)
+        reducer = _reducer(config.reducer, budget, full_grid, encoder, decoder, settings)
         reduced_size = size if reducer is None else reducer.image_size(*size, full_grid)
         grid = encoder.grid(*reduced_size)
         connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
@@ -190,17 +190,31 @@ def _share(
     return share(budget, views, largest, solve)
 
 
-def _reducer(section: RunConfig, budget: int, grid: Grid, encoder: Encoder, decoder: Decoder) -> Reducer | None:
+def _reducer(
+    section: RunConfig, budget: int, grid: Grid, encoder: Encoder, decoder: Decoder, settings: ProcessorSettings
+) -> Reducer | None:
     """The reducer solved for a budget and a full-size grid, or None for `none`."""
     reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
     if reducer_class is None:
         parse_kind({"none": _NoFields}, section, "config.reducer")
         return None
+    if reducer_class.guided_by is not None:
+        raise ConfigError(
+            f"config.reducer.kind: {section.kind} compares the image with the question as its CLIP embeds both, and a "
+            "model of a config has no CLIP; set config.release to one with a CLIP's tower, or choose another reducer"
+        )
     part = reducer_class.reduces_in
     depth = encoder.num_blocks if part == "encoder" else decoder.depth if part == "decoder" else 0
     solved = reducer_class.for_budget(budget, grid, depth)
-    settings = {key: section[key] for key in section if key != "kind"}
-    return parse(reducer_class, settings, "config.reducer", **solved)
+    if reducer_class.reduces_clips:
+        if settings.frames is not None and (settings.tiles != (1, 1) or settings.thumbnail):
+            raise ConfigError(
+                f"config.reducer.kind: {section.kind} compares whole frames, but they are cut into tiles; set "
+                "config.processor.tiles to (1, 1) and config.processor.thumbnail to False"
+            )
+        solved["frames"] = settings.frames or 1
+    fields = {key: section[key] for key in section if key != "kind"}
+    return parse(reducer_class, fields, "config.reducer", **solved)
 
 
 @dataclasses.dataclass(frozen=True)

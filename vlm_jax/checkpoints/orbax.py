@@ -1,44 +1,99 @@
 """A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
 
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from vlm_jax.checkpoints.checksums import (
+    FILES,
+    array_checksums,
+    check_files,
+    differing,
+    list_files,
+    read_object,
+    sealed,
+    unsealed,
+)
 from vlm_jax.paths import absolute
 from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
 METADATA_BYTES = 256 * 1024  # upper estimate of what Orbax writes in addition to the arrays
+STATE, POSITION = "state", "position"  # folders of a checkpoint
+ARRAYS = "arrays"  # key of the checksums of a checkpoint's arrays, beside its position
+
+Checksums = Mapping[str, str]  # by path; see `checksums.array_checksums`
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names it and the fix."""
 
 
+class Resumed(NamedTuple):
+    """A checkpoint that was read: its number, the state, and the position of the input."""
+
+    step: int
+    state: Tree
+    position: Fields
+
+
+class _ListedHandler(ocp.StandardCheckpointHandler):
+    """Writes the list of an item's files before the checkpoint gets its name."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        list_files(directory)
+
+
+@ocp.args.register_with_handler(_ListedHandler, for_save=True)
+class _ListedSave(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_ListedHandler, for_restore=True)
+class _ListedRestore(ocp.args.StandardRestore):
+    pass
+
+
 class RunCheckpoints:
     """The numbered checkpoints of one workdir.
 
     Saving returns immediately and continues in the background; a checkpoint appears under its number
-    only when it is complete, so a killed run keeps the previous one.
+    only when it is complete, so a killed run keeps the previous one. A checkpoint has the checksums of its arrays and
+    of its position, and a list of its files; each read compares them.
 
     Args:
       directory: parent of the numbered folders, local or `gs://`; created when missing.
       keep: number of newest checkpoints to keep.
+      keep_every: also keeps those whose number is a multiple of it; None for none.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int):
+    def __init__(self, directory: epath.PathLike, keep: int, keep_every: int | None = None):
         self.directory = absolute_folder(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every, create=True, enable_async_checkpointing=True
+        )
+        handlers: Any = {STATE: _ListedHandler(), POSITION: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
+
+    def complete(self) -> list[int]:
+        """Numbers of the complete checkpoints that are there now."""
+        return [step for step in self._manager.all_steps() if (self.directory / str(step)).exists()]
 
     def save(self, step: int, state: Tree, position: Fields) -> None:
         """Starts saving.
@@ -51,7 +106,8 @@ class RunCheckpoints:
         Raises:
           CheckpointError: this save or the previous one failed (no space, no permission).
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        described = sealed({POSITION: position, ARRAYS: array_checksums(_named(state))})
+        args = ocp.args.Composite(state=_ListedSave(state), position=ocp.args.JsonSave(described))
         with self._failures(f"saving checkpoint {step}"):
             self._manager.wait_until_finished()  # of the previous save, whose space is then used
             self._check_space(state)
@@ -76,8 +132,50 @@ class RunCheckpoints:
         with self._failures("saving a checkpoint"):
             self._manager.wait_until_finished()
 
+    def newest(self, like: Callable[[int], Tree]) -> Resumed | None:
+        """Reads the newest checkpoint that is not damaged, and says which others are.
+
+        The folders of damaged ones that are newer are renamed to `N.damaged`, and the run saves under their numbers.
+
+        Args:
+          like: given a checkpoint's number, the pytree of its state, as of `restore`.
+
+        Returns:
+          None where there is no checkpoint.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged or of another model.
+        """
+        damaged: dict[int, CheckpointError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = Resumed(step, *self.restore(step, like(step)))
+            except CheckpointError as error:
+                damaged[step] = error
+                continue
+            for number, error in damaged.items():
+                self._set_aside(number, error, step)
+            return found
+        if damaged:
+            raise CheckpointError(
+                f"{damaged[max(damaged)]}. No other checkpoint is left; delete the folder {self.directory} and run the "
+                "same command to start anew"
+            )
+        return None
+
+    def _set_aside(self, number: int, error: CheckpointError, step: int) -> None:
+        folder = self.directory / str(number)
+        aside = folder.with_name(f"{number}.damaged")
+        if jax.process_index() == 0:
+            _log.warning("%s. The run resumes from checkpoint %d; %s is kept as %s", error, step, folder, aside.name)
+            if aside.exists():
+                aside.rmtree()
+            folder.rename(aside)
+        _failed_anywhere(False)  # waits for the first process
+        self._manager.reload()
+
     def restore(self, step: int, like: Tree) -> tuple[Tree, Fields]:
-        """Reads one checkpoint, every array directly to its sharding.
+        """Reads one checkpoint, every array directly to its sharding, and compares its checksums.
 
         Args:
           step: its number.
@@ -89,18 +187,24 @@ class RunCheckpoints:
         Raises:
           CheckpointError: it is damaged or has other shapes.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+        folder = self.directory / str(step)
+        problem: Exception | None = None
+        state, position, expected = None, {}, None
         try:
-            restored = self._manager.restore(step, args=args)
+            position, expected = described_by(folder)
+            # Without the checkpointer, whose barrier a process that fails would not reach.
+            state = ocp.StandardCheckpointHandler().restore(folder / STATE, args=ocp.args.StandardRestore(like))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            older = [s for s in self._manager.all_steps() if s < step]
-            way_on = f"the run then resumes from checkpoint {max(older)}" if older else "the run then restarts"
+            problem = error
+        if not _failed_anywhere(problem is not None):
+            lines = [] if expected is None else list(differing(expected, array_checksums(_named(state))))
+            problem = ValueError(few(lines)) if lines else None
+        if _failed_anywhere(problem is not None):
+            reason = "another process cannot read its part" if problem is None else first_line(problem)
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model. Delete "
-                f"the folder {self.directory / str(step)} and run the same command; {way_on}. "
-                f"Reported: {first_line(error)}"
-            ) from error
-        return restored["state"], restored["position"]
+                f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model ({reason})"
+            ) from problem
+        return state, position
 
     def close(self) -> None:
         """Waits, then stops the background threads."""
@@ -123,11 +227,17 @@ class _SaveFailures:
     def __exit__(self, kind, error, traceback) -> None:
         if not isinstance(error, Exception):
             return
-        latest = self._checkpoints.latest()
-        kept = "no checkpoint is left" if latest is None else f"checkpoint {latest} is complete"
+        directory = self._checkpoints.directory
+        if not directory.exists():
+            raise CheckpointError(
+                f"{self._action} in {directory} failed: the folder was removed under the run; run the same command to "
+                "start anew"
+            ) from error
+        steps = self._checkpoints.complete()
+        kept = f"checkpoint {max(steps)} is complete" if steps else "no checkpoint is left"
         raise CheckpointError(
-            f"{self._action} in {self._checkpoints.directory} failed: {first_line(error)}. {kept}; free space or "
-            f"fix the permissions, and rerun the same command to resume"
+            f"{self._action} in {directory} failed: {first_line(error)}. {kept}; free space or "
+            "fix the permissions, and rerun the same command to resume"
         ) from error
 
 
@@ -164,7 +274,82 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
             step = manager.latest_step()
     if step is None:
         raise CheckpointError(f"no complete checkpoint in {directory}; train that run to its end first")
-    return directory / str(step) / "state"
+    return directory / str(step) / STATE
+
+
+def newest_arrays(directory: epath.PathLike) -> tuple[epath.Path, Checksums | None]:
+    """As `newest_state`, with the checksums of the arrays, after comparing those of the files.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    state = newest_state(directory)
+    problem, checksums = None, None
+    try:
+        checksums = described_by(state.parent)[1]
+    except ValueError as error:
+        problem = error
+    if _failed_anywhere(problem is not None):  # the first process alone compares the files
+        raise damaged(state, str(problem or "the first process names the file")) from problem
+    return state, checksums
+
+
+def described_by(folder: epath.Path) -> tuple[Fields, Checksums | None]:
+    """The position of a checkpoint and the checksums of its arrays, after comparing the files with their list.
+
+    Args:
+      folder: of the checkpoint.
+
+    Returns:
+      The position, and the checksums by path, or None for a checkpoint of an earlier version, which has none.
+
+    Raises:
+      ValueError: it is damaged; the message names the file.
+    """
+    path = folder / POSITION / "metadata"
+    content = read_object(path)
+    if jax.process_index() == 0:  # files are read once for all hosts
+        read_object(folder / "_CHECKPOINT_METADATA")
+    if isinstance(content, dict) and content.keys() <= {"batch"} and not (folder / STATE / FILES).exists():
+        _log.warning("%s is of an earlier version, without checksums: what is read is not verified", folder)
+        return content, None
+    described = unsealed(content, path)
+    if jax.process_index() == 0:
+        check_files(folder / STATE)
+    return described[POSITION], described[ARRAYS]
+
+
+def damaged(state: epath.Path, reason: str) -> CheckpointError:
+    """The error of a checkpoint of another run that cannot be used.
+
+    Args:
+      state: the folder of its arrays.
+      reason: what differs.
+    """
+    folder = state.parent
+    return CheckpointError(
+        f"{folder} is damaged: {reason}. Rename the folder to {folder.name}.damaged to read the checkpoint before it, "
+        "if there is one"
+    )
+
+
+def _named(tree: Tree) -> dict[str, Tree]:
+    """Leaves by path, as in `stored_shapes`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _failed_anywhere(failed: bool) -> bool:
+    """Whether any process has failed; all processes call this alike."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+
+
+def few(lines: list[str]) -> str:
+    """The first lines of many."""
+    more = [f"and {len(lines) - 4} more"] if len(lines) > 4 else []
+    return "; ".join([*lines[:4], *more])
 
 
 def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
@@ -173,12 +358,19 @@ def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
     Raises:
       CheckpointError: the folder cannot be read.
     """
+    return {path: tuple(leaf.shape or ()) for path, leaf in _metadata(state).items()}
+
+
+def stored_dtypes(state: epath.PathLike) -> dict[str, np.dtype]:
+    """Dtypes of stored arrays, as `stored_shapes`."""
+    return {path: np.dtype(leaf.dtype) for path, leaf in _metadata(state).items()}
+
+
+def _metadata(state: epath.PathLike) -> dict[str, Any]:
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree
+        return _named(ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree)
     except Exception as error:
         raise CheckpointError(f"{state} cannot be read: {first_line(error)}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape or ()) for path, leaf in leaves}
 
 
 def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], roots: Iterable[str]) -> None:

@@ -18,6 +18,21 @@ from vlm_jax.types import Config, Fields, Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """A part of the model that is read from another checkpoint, and not written with the release.
+
+    Attributes:
+      part: its name in `params`.
+      checkpoint: tensors, all of which are used.
+      rules: conversion from these tensors to parameters.
+    """
+
+    part: str
+    checkpoint: Checkpoint
+    rules: tuple[Rule, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Release:
     """A released checkpoint with its conversion rules.
 
@@ -29,6 +44,7 @@ class Release:
       ignore: regular expressions for whole released keys that the model does not use; kept unread and
         written back.
       drawn: randomly initialised parts of the model that replace the release's; `rules` save those they name.
+      borrowed: parts of the model that are read from other checkpoints.
     """
 
     config: Config
@@ -37,6 +53,7 @@ class Release:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
+    borrowed: tuple[Borrowed, ...] = ()
 
     def without(self, *parts: str) -> "Release":
         """The release with `parts` replaced by randomly initialised ones."""
@@ -65,10 +82,15 @@ class Release:
         Raises:
           CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
         """
-        own = {part: tree for part, tree in targets.items() if part not in self.drawn}
+        others = [other for other in self.borrowed if other.part in targets and other.part not in self.drawn]
+        absent = {*self.drawn, *(other.part for other in self.borrowed)}
+        own = {part: tree for part, tree in targets.items() if part not in absent}
         drawn = _rules_of(self.rules, self.drawn)
         rules = [rule for rule in self.rules if rule not in drawn]
-        return import_params(rules, self.checkpoint, own, ignore=self.ignore)
+        params = import_params(rules, self.checkpoint, own, ignore=self.ignore)
+        for other in others:
+            params |= import_params(other.rules, other.checkpoint, {other.part: targets[other.part]})
+        return params
 
     def save(
         self,
@@ -98,7 +120,10 @@ class Release:
                 f"{folder}: the released schema has no names for the {parts} that replaced the release's own; "
                 "save the parameters as a run does, or load the release without the replacement"
             )
-        tensors: Fields = export_params(self.rules, params)
+        borrowed = {other.part for other in self.borrowed}
+        tensors: Fields = export_params(
+            self.rules, {part: tree for part, tree in params.items() if part not in borrowed}
+        )
         for key, tensor in self.checkpoint.items():
             if key not in tensors and matching(self.ignore, key):
                 tensors[key] = tensor  # read when its shard is written

@@ -4,6 +4,7 @@ Where a run keeps moving averages (`ema`) they are read in place of the paramete
 merged into their kernels.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -15,13 +16,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.adapter import LORA, A, B, LoraSettings, merged
 from vlm_jax.checkpoints.arrays import open_arrays
+from vlm_jax.checkpoints.checksums import HostSum, array_checksums, described, differing
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS, LazyTensor
 from vlm_jax.checkpoints.orbax import (
     CheckpointError,
+    Checksums,
     absolute_folder,
     check_stored,
+    damaged,
+    few,
     first_line,
-    newest_state,
+    newest_arrays,
+    stored_dtypes,
     stored_shapes,
 )
 from vlm_jax.config import parse, read_json
@@ -48,7 +54,7 @@ def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
     if (directory / MAP_FILE).exists():
         check_stored(directory / PARAMS, shapes, parts)
         return _tree(_restored(directory / PARAMS, leaves), parts)
-    state = newest_state(directory)
+    state, checksums = newest_arrays(directory)
     check_stored(state, {f"{PARAMS}/{path}": shape for path, shape in shapes.items()}, [f"{PARAMS}/{p}" for p in parts])
     stored = stored_shapes(state)
     adapters = {path: shape for path, shape in _adapters(stored).items() if path.split("/")[1] in parts}
@@ -59,7 +65,7 @@ def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
         leaves[path] = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
     named = {path: _stored_name(path, stored) for path in leaves}
-    found = _restored(state, {named[path]: leaf for path, leaf in leaves.items()})
+    found = _verified(state, {named[path]: leaf for path, leaf in leaves.items()}, checksums)
     values = {path: found[named[path]] for path in leaves}
     params = _tree(values, parts)
     if not adapters:
@@ -82,11 +88,11 @@ def open_run(directory: epath.PathLike, shapes: Shapes) -> dict[str, LazyTensor]
       CheckpointFileError: it lacks these parameters.
     """
     directory = absolute_folder(directory)
-    state = newest_state(directory)
+    state, checksums = newest_arrays(directory)
     stored = stored_shapes(state)
     adapters = {path: shape for path, shape in _adapters(stored).items() if _kernel(path) in shapes}
     wanted = {_stored_name(path, stored): shape for path, shape in {**shapes, **adapters}.items()}
-    opened = open_arrays(state, wanted)
+    opened = _opened(state, wanted, checksums)
     found = {path: opened[_stored_name(path, stored)] for path in shapes}
     settings = lora_settings(directory) if adapters else None
     for path in adapters:
@@ -104,12 +110,13 @@ def open_adapters(directory: epath.PathLike) -> tuple[dict[str, np.ndarray], Lor
       CheckpointError: there is no checkpoint, or the run has no adapters.
     """
     directory = absolute_folder(directory)
-    state = newest_state(directory)
+    state, checksums = newest_arrays(directory)
     stored = stored_shapes(state)
     adapters = _adapters(stored)
     if not adapters:
         raise CheckpointError(f"{directory}: this run has no adapters; train with config.lora, or export it whole")
-    opened = open_arrays(state, {_stored_name(path, stored): shape for path, shape in adapters.items()})
+    wanted = {_stored_name(path, stored): shape for path, shape in adapters.items()}
+    opened = _opened(state, wanted, checksums)
     values = {path.removeprefix(f"{LORA}/"): np.asarray(opened[_stored_name(path, stored)]) for path in adapters}
     return values, lora_settings(directory)
 
@@ -148,6 +155,46 @@ def _added(kernel: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> La
         return kernel[index].astype(np.float32) + np.float32(scale) * product
 
     return LazyTensor(kernel.shape, np.float32, read, by_rows=kernel.by_rows)
+
+
+def _opened(state: epath.Path, shapes: Shapes, checksums: Checksums | None) -> dict[str, LazyTensor]:
+    """Arrays by stored path, each compared with its checksum before the first of it is read."""
+    opened = open_arrays(state, shapes)
+    if checksums is None:
+        return opened
+    return {path: _compared(tensor, path, state, checksums) for path, tensor in opened.items()}
+
+
+def _compared(tensor: LazyTensor, path: str, state: epath.Path, checksums: Checksums) -> LazyTensor:
+    @functools.cache
+    def compare() -> None:
+        total = HostSum()
+        entries = range(tensor.shape[0]) if len(tensor.shape) > 1 else ()  # one entry of a stack at a time
+        rest = (slice(None),) * (len(tensor.shape) - 1)
+        for block in ((slice(i, i + 1), *rest) for i in entries) if entries else (...,):
+            total.add(tensor[block])
+        if lines := list(differing(checksums, {path: described(tensor, total.value)})):
+            raise damaged(state, few(lines))
+
+    def read(index: Selection) -> np.ndarray:
+        compare()
+        return tensor[index]
+
+    return LazyTensor(tensor.shape, tensor.dtype, read, by_rows=tensor.by_rows)
+
+
+def _verified(state: epath.Path, leaves: Mapping[str, Tree], checksums: Checksums | None) -> dict[str, jax.Array]:
+    """As `_restored`, with the checksums compared before an array is cast."""
+    if checksums is None:
+        return _restored(state, leaves)
+    dtypes = stored_dtypes(state)
+    stored = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path], sharding=leaf.sharding) for path, leaf in leaves.items()
+    }
+    found = _restored(state, stored)
+    if lines := list(differing(checksums, array_checksums(found))):
+        raise damaged(state, few(lines))
+    return {path: found[path].astype(leaf.dtype) for path, leaf in leaves.items()}
 
 
 def _restored(state: epath.Path, leaves: Mapping[str, Tree]) -> dict[str, jax.Array]:

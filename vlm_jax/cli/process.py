@@ -5,7 +5,8 @@ import io
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -23,6 +24,7 @@ from vlm_jax.evals.paired import DifferentQuestions
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.paths import absolute
 from vlm_jax.planner.topology import PlanError
+from vlm_jax.plugins import PluginError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
@@ -36,6 +38,7 @@ from vlm_jax.sweep.on_ray import WorkerLost
 from vlm_jax.system import UnsupportedError
 from vlm_jax.train.lock import WorkdirInUse
 from vlm_jax.train.loop import Diverged
+from vlm_jax.train.workdir import WorkdirError
 
 # Errors whose message is for the user, without a traceback.
 EXPLAINED = (
@@ -53,6 +56,7 @@ EXPLAINED = (
     MalformedRecords,
     PictureMismatch,
     PlanError,
+    PluginError,
     PretrainedError,
     ProcessLost,
     PromptError,
@@ -62,6 +66,7 @@ EXPLAINED = (
     TooManyCorruptImages,
     UnknownText,
     UnsupportedError,
+    WorkdirError,
     WorkdirInUse,
     WorkerLost,
 )
@@ -91,6 +96,17 @@ def quieten() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     absl_logging.get_absl_handler().addFilter(lambda one: not ("orbax" in one.pathname or one.name == "asyncio"))
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+
+
+def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
+    """A hook for exceptions in callbacks, silent about those of TensorStore that end after a save or a read failed."""
+
+    def show(args: Any) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            hook(args)
+
+    return show
 
 
 def escape_unprintable() -> None:

@@ -19,9 +19,12 @@ The interface of every entry of `CONNECTORS`, tested by `tests/contracts/test_co
 
 Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: each token is computed from one block of
 neighbours, so that tokens keep the order of the images.
+
+A package outside of vlm_jax adds its kinds by `register_connector`; see `vlm_jax.plugins`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.connectors.c_abstractor import CAbstractor
 from vlm_jax.connectors.concat import Concat
@@ -38,8 +41,9 @@ from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.connectors.token_packer import TokenPacker
 from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
+from vlm_jax.plugins import Registry, lacking_of_class
 
-CONNECTORS: Mapping[str, type[Connector]] = {
+_OWN: Mapping[str, type[Connector]] = {
     "mlp": MlpConnector,
     "hybrid_mlp": HybridMlp,
     "pool": Pool,
@@ -55,4 +59,23 @@ CONNECTORS: Mapping[str, type[Connector]] = {
     "token_packer": TokenPacker,
     "matryoshka": Matryoshka,
 }
-PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle", "visual_vocabulary")
+_PACKED = ("mlp", "concat", "pixel_shuffle", "visual_vocabulary")
+
+CONNECTORS = Registry("register_connector", _OWN, lacking_of_class(Connector))
+PACKED_CONNECTORS = Registry("register_connector", {kind: _OWN[kind] for kind in _PACKED}, lacking_of_class(Connector))
+
+
+def register_connector(kind: str, connector: type[Any], *, packed: bool = False) -> None:
+    """Adds a connector of another package to `CONNECTORS`.
+
+    Args:
+      kind: its name, `config.connector.kind`; the class attribute `kind`, if it has one, must equal it.
+      connector: a Linen module with the interface above; `vlm_jax.testing.connectors` tests it.
+      packed: whether it belongs to `PACKED_CONNECTORS` too.
+
+    Raises:
+      PluginError: the name is taken, or the class lacks a part of the interface.
+    """
+    CONNECTORS.register(kind, connector)
+    if packed:
+        PACKED_CONNECTORS.register(kind, connector)

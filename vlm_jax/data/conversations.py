@@ -26,7 +26,7 @@ from vlm_jax.data.source import Elements, SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural, Positive
-from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of, text_of
+from vlm_jax.types import Fields, Message, Sample, SampleSizes, VideoSize, images_of, text_of
 
 Found = TypeVar("Found")
 
@@ -271,7 +271,7 @@ class Records:
         """Of the record's sample."""
         return f"{self._path}:{record.record_id}"
 
-    def _video_sizes(self, record: Record) -> tuple[tuple[int, int, int], ...] | None:
+    def _video_sizes(self, record: Record) -> tuple[VideoSize, ...] | None:
         read = functools.partial(self._tools.video_size, max_pixels=self._settings.max_pixels)
         return self._of_media(record, record.videos, read)
 

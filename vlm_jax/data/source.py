@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vlm_jax.types import Grid
+from vlm_jax.types import Grid, VideoSize
 
 # Length of an endless stream, whose element i depends on (seed, i).
 ENDLESS = 1 << 48
@@ -31,8 +31,8 @@ class Tools:
         likewise; `processors.image.image_size`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
         `Experiment.prepare_image`.
-      video_size: (path, *, max_pixels), or (bytes, …, name=…) -> (number of sampled frames, height, width), without
-        decoding frames; raises likewise; `processors.video.video_size`.
+      video_size: (path, *, max_pixels), or (bytes, …, name=…) -> `VideoSize`, without decoding frames; raises
+        likewise; `processors.video.video_size`.
       placeholders: texts that stand for an image or a video in the model's prompt, which no text of a record may have.
     """
 
@@ -42,7 +42,7 @@ class Tools:
     prepare_image: Callable[
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
-    video_size: Callable[..., tuple[int, int, int]]
+    video_size: Callable[..., VideoSize]
     placeholders: tuple[str, ...] = ()
 
 

@@ -65,8 +65,12 @@ class Decoder(Protocol):
         cache: Cache | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
         places: VisualPlaces | None = None,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states of T positions after those in the cache, and the cache with them."""
+        """Hidden states of T positions after those in the cache, and the cache with them.
+
+        `levels` are added to the outputs of the first blocks: D channels for each, concatenated.
+        """
         ...
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
+from vlm_jax.decoders.raters import rated, raters_of, relevance
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, TransformerStack
@@ -37,6 +38,7 @@ class Rows:
       query_scale: factor of the queries, or None.
       segment_ids, branch_ids: as in `Batch`.
       index: index in the whole sequence; out of range for a dropped token that serves as padding.
+      levels: what is added to the outputs of the first layers, or None.
     """
 
     x: Float[Array, "B T D"]
@@ -47,6 +49,14 @@ class Rows:
     segment_ids: Int[Array, "B T"]
     branch_ids: Int[Array, "B T"] | None
     index: Int[Array, "B T"]
+    levels: Float[Array, "B T F"] | None = None
+
+    def levels_of(self, stack: int, layer: int) -> Float[Array, "B T F"] | None:
+        """The levels from those of a stack's first layer `stack` on; None where layers from `layer` on have none."""
+        width = self.x.shape[-1]
+        if self.levels is None or self.levels.shape[-1] <= layer * width:
+            return None
+        return self.levels[..., stack * width :]
 
 
 def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
@@ -214,18 +224,22 @@ class DropsTokens:
         cache: Cache | None,
         branch_ids: Int[Array, "B T"] | None,
         places: VisualPlaces | None,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Rows, Cache | None]:
         """Runs all layers; returns the remaining rows and the updated cache."""
         every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
         lengths, cache = rotary_lengths(self.rope, positions, segment_ids, cache)
         angles = self.rope.angles(positions, self.rotary_dim(), lengths)
         scale = self.query_scale(positions)
-        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every)
+        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every, levels)
         drops = () if places is None else self.drops
         left = [] if places is None else lengths_left(places, drops)
         whole = places
         spans = _spans(drops, self.depth) if cache is None else _spans_of(cache)
         following, shift = next_position(positions, segment_ids), None
+        raters = None
+        if places is not None and any(drop.rating is not None for drop in drops):
+            raters = raters_of(embeddings, segment_ids, places)
         written: list[Cache] = []
         for number, (start, stop) in enumerate(spans):
             coming = drops[number] if number < len(drops) else None
@@ -241,7 +255,7 @@ class DropsTokens:
             if part is not None:
                 written.append(part)
             if coming is not None and places is not None and whole is not None and heads is not None:
-                saliency = self._saliency(rows, heads, places, whole, coming)
+                rows, saliency = self._ranked(rows, heads, places, whole, coming, raters)
                 most = coming.num_left(whole.index.shape[2])
                 rows, places = drop(rows, places, saliency, numbers_left(whole, coming), most, left[number])
                 if coming.renumbers:
@@ -249,17 +263,30 @@ class DropsTokens:
                     shift = following - next_position(rows.positions, rows.segment_ids)
         return rows, Cache.chained(written) if written else None
 
-    def _saliency(
-        self, rows: Rows, heads: Heads, places: VisualPlaces, whole: VisualPlaces, coming: Drop
-    ) -> Float[Array, "B T"]:
-        """What ranks the tokens for a drop: attention, or 1 at those that are least like the pivots."""
-        if coming.pivots is None:
-            stack, layer = self._stack_of(coming.ranked_by)
-            context = stack.context_of(layer, self.context(rows))
-            return attention_saliency(heads, context, places.ranking.astype(jnp.float32))
-        number = numbers_left(whole, coming)
-        pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
-        return unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number).astype(jnp.float32)
+    def _ranked(
+        self,
+        rows: Rows,
+        heads: Heads,
+        places: VisualPlaces,
+        whole: VisualPlaces,
+        coming: Drop,
+        raters: Bool[Array, "B I whole"] | None,
+    ) -> tuple[Rows, Float[Array, "B T"]]:
+        """What ranks the tokens for a drop: attention, or 1 at those to keep; and the rows with merged tokens."""
+        if coming.pivots is not None:
+            number = numbers_left(whole, coming)
+            pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
+            unlike = unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number)
+            return rows, unlike.astype(jnp.float32)
+        stack, layer = self._stack_of(coming.ranked_by)
+        context = stack.context_of(layer, self.context(rows))
+        if coming.rating is None or raters is None:
+            return rows, attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+        left = jnp.take_along_axis(raters, rows.index[:, None], axis=2, mode="fill", fill_value=False)
+        scores = jax.lax.stop_gradient(relevance(heads, context, left, places, coming.rating))
+        found = rated(rows.x, rows.segment_ids, places, scores, whole, coming.rating)
+        index = jnp.take_along_axis(rows.index, found.source, axis=1)
+        return dataclasses.replace(rows, x=found.x, index=index), found.left.astype(jnp.float32)
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""
@@ -290,14 +317,14 @@ class DropsTokens:
             own = held[number] if held else None
             if coming is not None and coming.ranked_by == last - 1 == stop - 1:
                 head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
-                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head)
+                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head, levels=rows.levels_of(a, first))
                 x, tail, heads = stack.attend(x, context, last - 1 - a, cache=tail)
-                x = stack.feed_forward(x, last - 1 - a)
+                x = stack.feed_forward(x, last - 1 - a, levels=rows.levels_of(a, last - 1))
                 own = tail if head is None or tail is None else head.joined(tail)
             elif (first, last) == (a, b):
-                x, own, _ = stack(x, context, cache=own)
+                x, own, _ = stack(x, context, cache=own, levels=rows.levels_of(a, first))
             else:
-                x, own = stack.run(x, context, first - a, last - a, cache=own)
+                x, own = stack.run(x, context, first - a, last - a, cache=own, levels=rows.levels_of(a, first))
             written.append(own)
         if coming is not None and heads is None:
             stack, layer = self._stack_of(coming.ranked_by)

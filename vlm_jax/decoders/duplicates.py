@@ -43,15 +43,8 @@ def pivots_of(
     length, tokens = norm.shape[1], places.index.shape[2]
     real = real_tokens(segment_ids, places)
     index = jnp.minimum(places.index, length - 1)
-    of_image = jnp.where(real, _at(norm, index), -jnp.inf)
-    visual = jnp.zeros((len(norm), length + 1), bool)
-    visual = visual.at[jnp.arange(len(norm))[:, None, None], places.index].set(True)[:, :length]
-    last = jnp.max(jnp.where(real, index, -1), axis=-1)
-    ends = jnp.cumsum(places.ranking, axis=1)
-    ended = (ends - places.ranking)[:, None] > _at(ends, jnp.maximum(last, 0))[..., None]
-    same = segment_ids[:, None] == _at(segment_ids, jnp.maximum(last, 0))[..., None]
-    behind = (last[..., None] >= 0) & (jnp.arange(length)[None, None] > last[..., None])
-    text = behind & same & ~ended & ~visual[:, None]
+    of_image = jnp.where(real, at(norm, index), -jnp.inf)
+    text = text_behind(segment_ids, places)
     of_text = jnp.where(text, norm[:, None], -jnp.inf)
     images, texts = min(counts[0], tokens), min(counts[1], length)
     first = jnp.argsort(-of_image, axis=-1)[..., :images]
@@ -62,6 +55,20 @@ def pivots_of(
         jnp.concatenate([jnp.take_along_axis(index, first, axis=-1), second], axis=-1),
         jnp.concatenate([of_first, of_second], axis=-1),
     )
+
+
+def text_behind(segment_ids: Int[Array, "B T"], places: VisualPlaces) -> Bool[Array, "B I T"]:
+    """The text after every image, up to the end of the instruction; none of it is after an image without tokens."""
+    batch, length = segment_ids.shape
+    real, index = real_tokens(segment_ids, places), jnp.minimum(places.index, length - 1)
+    visual = jnp.zeros((batch, length + 1), bool)
+    visual = visual.at[jnp.arange(batch)[:, None, None], places.index].set(True)[:, :length]
+    last = jnp.max(jnp.where(real, index, -1), axis=-1)
+    ends = jnp.cumsum(places.ranking, axis=1)
+    ended = (ends - places.ranking)[:, None] > at(ends, jnp.maximum(last, 0))[..., None]
+    same = segment_ids[:, None] == at(segment_ids, jnp.maximum(last, 0))[..., None]
+    behind = (last[..., None] >= 0) & (jnp.arange(length)[None, None] > last[..., None])
+    return behind & same & ~ended & ~visual[:, None]
 
 
 def unlike_pivots(
@@ -80,7 +87,7 @@ def unlike_pivots(
     units = states / jnp.maximum(jnp.linalg.norm(states, axis=-1, keepdims=True), 1e-8)
     real = real_tokens(segment_ids, places)
     index = jnp.minimum(places.index, length - 1)
-    of_pivots, of_tokens = _at(units, pivots.index), _at(units, index)
+    of_pivots, of_tokens = at(units, pivots.index), at(units, index)
     cosines = jnp.einsum("bipd,bimd->pbim", of_pivots, of_tokens)
     matches = (pivots.index[..., None] == index[:, :, None]) & pivots.used[..., None]
     taken = matches.any(axis=2) & real
@@ -103,11 +110,11 @@ def unlike_pivots(
 def real_tokens(segment_ids: Int[Array, "B T"], places: VisualPlaces) -> Bool[Array, "B I M"]:
     """Which places hold a visual token that is not padding."""
     length = segment_ids.shape[1]
-    shown = _at(segment_ids, jnp.minimum(places.index, length - 1)) != PADDING_SEGMENT
+    shown = at(segment_ids, jnp.minimum(places.index, length - 1)) != PADDING_SEGMENT
     return shown & (places.index < length)
 
 
-def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+def at(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[b, index[b, ..]]."""
     row = jnp.arange(len(x)).reshape(-1, *(1,) * (index.ndim - 1))
     return x[row, index]

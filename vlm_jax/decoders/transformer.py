@@ -17,7 +17,7 @@ from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.ranges import Count, Depth, NonNegative, Size
-from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
+from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
 
 class Transformer(DropsTokens, LinearHead, nn.Module):
@@ -39,13 +39,19 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       out_bias, mlp_bias: biases on the attention output, and on the feed-forward's layers.
       windows: attention window of each block in positions, its own included, or None; empty where no block has one.
       qk_norm: an RMSNorm of every head's queries and keys before RoPE, as in Qwen3.
+      expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
+      num_experts: experts to choose from.
+      num_selected: experts of a token, whose scores are divided by their sum.
       tie_embeddings: computes logits with the embedding table instead of a separate head.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
-    Source: Touvron et al. 2023 (Llama), section 2.2.
+    Raises:
+      ValueError: heads that do not divide, or numbers of experts without experts.
+
+    Source: Touvron et al. 2023 (Llama), section 2.2; Yang et al. 2025 (Qwen3), section 2, for experts.
     """
 
     vocab_size: Size
@@ -64,6 +70,9 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[Count | None, ...] = ()
+    expert_dim: Size | None = None
+    num_experts: Size = 1
+    num_selected: Size = 1
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
@@ -74,6 +83,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     def setup(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")
+        if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
+            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Initialised at the scale that every block adds to the residual stream; a table that also gives
         # the logits is initialised so that these start near 1.
@@ -94,6 +105,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
                 "qk_norm": "rms" if self.qk_norm else None,
                 "use_bias": self.out_bias,
                 "mlp_bias": self.mlp_bias,
+                "experts": self._experts(),
                 **settings,
             },
             remat=self.remat,
@@ -103,6 +115,13 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         self.final_norm = Norm("rms", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
+
+    def _experts(self) -> Fields | None:
+        """Arguments of a `MixtureOfExperts`."""
+        if self.expert_dim is None:
+            return None
+        router = {"num_experts": self.num_experts, "num_selected": self.num_selected, "normalize": True}
+        return {"hidden_dim": self.expert_dim, "shared_dim": 0, "router": {**router, "balance_weight": 0.0}}
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up token ids."""
@@ -124,16 +143,18 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         cache: Cache | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
         places: VisualPlaces | None = None,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
         `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
-        dropped at `drops`; the cache must then be empty and created for these places.
+        dropped at `drops`; the cache must then be empty and created for these places. `levels` are added to the outputs
+        of the first blocks, at positions that are left: D channels for each block, concatenated.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
-        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places)
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels)
         x = self.final_norm(rows.x)
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 

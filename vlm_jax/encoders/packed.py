@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -41,6 +42,8 @@ class PackedTrunk(nn.Module, kw_only=True):
       full_layers: the layers that attend to whole images; None for all.
       select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
         the last block. Later blocks are not built. None runs the whole model.
+      levels: hidden states, numbered as in `select_layer` and in ascending order, to concatenate in
+        `VisualFeatures.levels`, for connectors that read several; empty for none.
       use_rope: applies 2D RoPE to queries and keys.
       rope_theta: base of the rotary wavelengths.
       saliency: as in `WindowedStack`. For reducers; `build` sets it.
@@ -64,6 +67,7 @@ class PackedTrunk(nn.Module, kw_only=True):
     window_size: Natural | None = None
     full_layers: tuple[Natural, ...] | None = None
     select_layer: Index | None = None
+    levels: tuple[Index, ...] = ()
     use_rope: bool = True
     rope_theta: Positive = 10_000.0
     saliency: Saliency = "none"
@@ -118,6 +122,7 @@ class PackedTrunk(nn.Module, kw_only=True):
         head_dim = self.width // self.num_heads
         angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None
         depth = blocks_up_to(self.select_layer, self.depth)
+        levels = self._level_numbers(depth)
         stack = WindowedStack(
             depth,
             {
@@ -133,10 +138,15 @@ class PackedTrunk(nn.Module, kw_only=True):
             full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
             saliency=self.saliency,
             remat=self.remat,
+            levels=levels,
             name="blocks",
         )
-        x, hidden, attended = stack(x, packed, angles, collect=collect)
-        found = packed_features(x, packed, hidden, block=self.merge_size)
+        x, states, attended = stack(x, packed, angles, collect=collect)
+        found = packed_features(x, packed, states if collect else None, block=self.merge_size)
+        if levels:
+            assert states is not None
+            chosen = restore_order(states[np.asarray(levels)] if collect else states, packed)
+            found = dataclasses.replace(found, levels=jnp.concatenate(list(chosen), axis=-1))
         if attended is None:
             return found
         batch, count, heads, dim = attended.keys.shape
@@ -144,6 +154,23 @@ class PackedTrunk(nn.Module, kw_only=True):
         return dataclasses.replace(
             found, saliency=restore_order(attended.saliency[..., None], packed)[..., 0], keys=keys
         )
+
+    def _level_numbers(self, depth: int) -> tuple[int, ...]:
+        """The non-negative numbers of the hidden states of `levels`, of `depth` blocks that are built.
+
+        Raises:
+          ValueError: a hidden state that is not computed, or an order that does not ascend.
+        """
+        numbers = tuple(level % (self.depth + 1) for level in self.levels)
+        beyond = [level for level, number in zip(self.levels, numbers, strict=True) if number > depth]
+        if beyond or not all(-self.depth - 1 <= level <= self.depth for level in self.levels):
+            raise ValueError(
+                f"levels {self.levels}: {depth} of {self.depth} blocks are built, with the hidden states 0 to {depth}; "
+                "choose among these"
+            )
+        if list(numbers) != sorted(set(numbers)):
+            raise ValueError(f"levels: expected numbers of hidden states in ascending order, got {self.levels}")
+        return numbers
 
 
 def patches_in_blocks(height: int, width: int, patch_size: int, merge_size: int) -> Grid:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import axes
 from vlm_jax.encoders.last_attention import run_with_saliency
@@ -19,7 +19,7 @@ from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.ranges import Depth, Finite, Index, Natural, NonNegative, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
-Pooling = Literal["none", "token", "gap", "max", "map"]
+Pooling = Literal["none", "token", "gap", "token_gap", "max", "map"]
 
 
 class Trunk(nn.Module, kw_only=True):
@@ -31,6 +31,7 @@ class Trunk(nn.Module, kw_only=True):
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
       activation: a name of `layers.mlp.ACTIVATIONS`.
+      gated: feed-forwards with a second projection, as in SwiGLU.
       norm: kind of the blocks' norms and of the last one.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
@@ -44,9 +45,10 @@ class Trunk(nn.Module, kw_only=True):
         the whole model.
       levels: hidden states, numbered as in `select_layer`, to concatenate in
         `VisualFeatures.levels`, for connectors that read several; empty for none.
-      keep_class_token: whether the returned tokens start with the class token.
+      keep_class_token: whether the returned tokens start with the class token. Registers are never returned.
       pooling: how an image gets one vector: its first `token` (the class token where there is
-        one), the mean (`gap`) or `max` of its patches, attention pooling (`map`), or `none`.
+        one), the mean (`gap`) or `max` of its patches, the first two joined (`token_gap`), attention pooling
+        (`map`), or `none`.
       representation_size: width of a linear layer with tanh after the pooling, or None. Without
         pooling it is applied to every token.
       projection_dim: width of a linear layer after that, or None.
@@ -66,6 +68,7 @@ class Trunk(nn.Module, kw_only=True):
     num_heads: Size
     mlp_dim: Size
     activation: Activation = "gelu_tanh"
+    gated: bool = False
     norm: NormKind = "layer"
     norm_epsilon: NonNegative = 1e-6
     qkv_bias: bool = True
@@ -133,7 +136,7 @@ class Trunk(nn.Module, kw_only=True):
           grid: rows and columns of the patches.
           segments: 0 where a token is padding; tokens of one segment attend to each other. None where
             there is one segment.
-          num_prefix: tokens before the patches: 1 with a class token, else 0.
+          num_prefix: tokens before the patches: a class token and registers, or 0.
           collect: also returns every hidden state.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -145,6 +148,7 @@ class Trunk(nn.Module, kw_only=True):
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
             "activation": self.activation,
+            "gated": self.gated,
             "norm": self.norm,
             "norm_epsilon": self.norm_epsilon,
             "qkv_bias": self.qkv_bias,
@@ -163,9 +167,9 @@ class Trunk(nn.Module, kw_only=True):
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
             kept = tokens.place[:, num_prefix:] - num_prefix
         elif self.saliency != "none":
-            context, first = Context("full", segments, segments), 0 if self.keep_class_token else num_prefix
+            context = Context("full", segments, segments)
             x, saliency, keys = run_with_saliency(stack, x, context, self.saliency, class_token=num_prefix > 0)
-            saliency, keys = saliency[:, first:], keys[:, first:]
+            saliency, keys = self._returned(saliency, num_prefix), self._returned(keys, num_prefix)
         elif self.num_blocks:
             x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
@@ -177,12 +181,10 @@ class Trunk(nn.Module, kw_only=True):
             x = self._represent(x)
         else:
             pooled = self._represent(pooled)
-        prefix_left = num_prefix if self.keep_class_token else 0
-        if prefix_left:
-            grid = (1, x.shape[1])
-        elif num_prefix:
-            x, levels = x[:, num_prefix:], [level[:, num_prefix:] for level in levels]
-            mask = None if mask is None else mask[:, num_prefix:]
+        prefix_left = int(self.keep_class_token and num_prefix > 0)
+        x, levels = self._returned(x, num_prefix), [self._returned(level, num_prefix) for level in levels]
+        mask = None if mask is None else self._returned(mask, num_prefix)
+        grid = (1, x.shape[1]) if prefix_left else grid
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         hidden = hidden if collect else None
         side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
@@ -198,6 +200,12 @@ class Trunk(nn.Module, kw_only=True):
             kept=kept,
             num_prefix=prefix_left,
         )
+
+    def _returned(self, leaf: Shaped[Array, "B T *rest"], num_prefix: int) -> Shaped[Array, "B N *rest"]:
+        """What is returned of a value for every token: the patches', and the class token's where that is kept."""
+        if not self.keep_class_token or not num_prefix:
+            return leaf[:, num_prefix:]
+        return leaf if num_prefix == 1 else jnp.concatenate([leaf[:, :1], leaf[:, num_prefix:]], axis=1)
 
     def _level_numbers(self) -> tuple[int, ...]:
         """The non-negative indices of the hidden states of `levels`.
@@ -229,7 +237,7 @@ class Trunk(nn.Module, kw_only=True):
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int
-    ) -> Float[Array, "B D"] | None:
+    ) -> Float[Array, "B E"] | None:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.pooling == "none":
             if self.final_norm == "pooled" and self.select_layer is None:
@@ -242,7 +250,9 @@ class Trunk(nn.Module, kw_only=True):
             pooled = reduce_tokens(x, "first")
         else:
             patches = None if mask is None else mask[:, num_prefix:]
-            pooled = reduce_tokens(x[:, num_prefix:], "mean" if self.pooling == "gap" else "max", patches)
+            pooled = reduce_tokens(x[:, num_prefix:], "max" if self.pooling == "max" else "mean", patches)
+            if self.pooling == "token_gap":
+                pooled = jnp.concatenate([reduce_tokens(x, "first"), pooled], axis=-1)
         if self.final_norm == "pooled":
             pooled = Norm(self.norm, self.norm_epsilon, name="final_norm", **settings)(pooled)
         return pooled

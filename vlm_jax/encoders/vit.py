@@ -27,6 +27,7 @@ class ViT(Trunk, kw_only=True):
     | CLIP | class_token, class_position, pre_norm, no patch_bias, `quick_gelu`, final_norm `pooled` |
     | SigLIP, SigLIP 2 | pooling `map` |
     | InternViT | class_token, class_position, layer_scale, qk_norm over the width, final_norm `none` |
+    | DINOv2 | class_token, class_position, layer_scale, position_interpolation `bicubic`; num_registers; gated |
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
 
     Attributes:
@@ -38,11 +39,12 @@ class ViT(Trunk, kw_only=True):
       position_interpolation: of a learned table, a kind of `vlm_jax.interpolation`.
       class_token: a learned token before the patches.
       class_position: a row of the position table for the class token.
+      num_registers: learned tokens without a position between the class token and the patches.
       stem_layers: residual units in every stage of a ResNet in front of the patches (a hybrid; empty
         for the root alone), or None.
       stem_width: channels of that ResNet's root.
 
-    Source: Dosovitskiy et al. 2021, section 3.1; big_vision, models/vit.py.
+    Source: Dosovitskiy et al. 2021, section 3.1; big_vision, models/vit.py; Darcet et al. 2024 for registers.
     """
 
     image_size: tuple[Side, Side] | None
@@ -52,6 +54,7 @@ class ViT(Trunk, kw_only=True):
     position_interpolation: ResizeKind = "bicubic_antialias"
     class_token: bool = False
     class_position: bool = False
+    num_registers: Natural = 0
     stem_layers: tuple[Natural, ...] | None = None
     stem_width: Size = 64
 
@@ -82,8 +85,8 @@ class ViT(Trunk, kw_only=True):
     def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if self.class_position and not self.class_token:
-            raise ValueError("class_position needs a class token; set class_token too")
+        if (self.class_position or self.num_registers) and not self.class_token:
+            raise ValueError("class_position and num_registers need a class token; set class_token too")
         grid = self.grid(*images.shape[1:3])
         x = images
         if self.stem_layers is not None:
@@ -100,8 +103,17 @@ class ViT(Trunk, kw_only=True):
         elif self.position == "sincos":
             x = x + jnp.asarray(sincos_2d(grid, self.width, table_grid=table_grid)).astype(self.dtype)[None]
         if self.class_token:
-            x = jnp.concatenate([self._class_token(x.shape[0]), x], axis=1)
-        return self.encode(x, grid, None, num_prefix=int(self.class_token), collect=collect)
+            x = jnp.concatenate([self._class_token(x.shape[0]), *self._registers(x.shape[0]), x], axis=1)
+        num_prefix = self.class_token + self.num_registers
+        return self.encode(x, grid, None, num_prefix=num_prefix, collect=collect)
+
+    def _registers(self, batch: int) -> tuple[Float[Array, "B R D"], ...]:
+        """The register tokens, where there are any."""
+        if not self.num_registers:
+            return ()
+        init = with_axes(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
+        tokens = self.param("registers", init, (self.num_registers, self.width), self.param_dtype)
+        return (jnp.broadcast_to(tokens.astype(self.dtype)[None], (batch, *tokens.shape)),)
 
     def _class_token(self, batch: int) -> Float[Array, "B 1 D"]:
         """The class token with its position; they are separate parameters, as in other releases."""

@@ -122,6 +122,22 @@ class TransformerBlock(nn.Module):
         return x * self.param(name, init, x.shape[-1:], self.param_dtype).astype(self.dtype)[None, None]
 
 
+def with_level(x: Float[Array, "B T D"], levels: Float[Array, "B T F"] | None, index: Any) -> Float[Array, "B T D"]:
+    """The output of block `index` with what `levels` adds to it.
+
+    Args:
+      x: the output.
+      levels: D channels for each of the first blocks, concatenated; None for no addition.
+      index: number of the block.
+    """
+    if levels is None:
+        return x
+    width = x.shape[-1]
+    count = levels.shape[-1] // width
+    own = jax.lax.dynamic_slice_in_dim(levels, jnp.minimum(index, count - 1) * width, width, axis=-1)
+    return x + jnp.where(index < count, own, 0).astype(x.dtype)
+
+
 def _with_window(context: Context, window: Int[Array, ""] | None) -> Context:
     return context if window is None else dataclasses.replace(context, window=window)
 
@@ -132,9 +148,9 @@ class _ScannedBlock(TransformerBlock):
     collect: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, window, context):  # type: ignore[override]
+    def __call__(self, x, cache, window, index, levels, context):  # type: ignore[override]
         y, cache = super().__call__(x, cache, _with_window(context, window))
-        return y, (cache, x if self.collect else None)
+        return with_level(y, levels, index), (cache, x if self.collect else None)
 
 
 class TransformerStack(nn.Module):
@@ -161,52 +177,71 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, *, cache: LayerCache | None = None, collect: bool = False
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        cache: LayerCache | None = None,
+        collect: bool = False,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "L B T D"] | None]:
         """Returns the last output, the values to write to the cache, and, with `collect`, [depth + 1, B, T, D].
 
-        The collected states are the input of every block and the output of the last.
+        The collected states are the input of every block and the output of the last. `levels` are added to the outputs
+        of the first blocks; see `with_level`.
         """
         if not self.is_initializing() and has_per_layer(self.variables["params"]["layers"]):
-            return *self.run(x, context, 0, self.depth, cache=cache), None
+            return *self.run(x, context, 0, self.depth, cache=cache, levels=levels), None
         block = _ScannedBlock
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        scanned = scan_layers(block, self.depth, in_axes=(0, 0, nn.broadcast), unroll=self.unroll)
+        scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
         windows = self._windows(0, self.depth)
-        x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, windows, context)
+        index = None if levels is None else jnp.arange(self.depth)
+        layers = scanned(collect=collect, name="layers", **self.block)
+        x, (cache, inputs) = layers(x, cache, windows, index, levels, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
-        self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: LayerCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        start: int,
+        stop: int,
+        *,
+        cache: LayerCache | None = None,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Runs blocks `start` to `stop` - 1; `cache` and the values to write to it are of these blocks only.
 
-        Without blocks there is nothing to write.
+        `levels` begin with what is added to block 0. Without blocks there is nothing to write.
         """
         if start == stop:
             return x, None
         params, windows = self._params(x), self._windows(start, stop)
 
+        numbers = jnp.arange(start, stop)
+
         def layer(x: jax.Array, inputs: Tree) -> Tree:
-            own, past, window = inputs
+            own, past, window, index = inputs
             run = self._rematted(lambda p, x, past: self._apply(p, x, past, _with_window(context, window))[0])
-            return run(own, x, past)
+            x, fresh = run(own, x, past)
+            return with_level(x, levels, index), fresh
 
         def indexed_layer(x: jax.Array, inputs: Tree) -> Tree:
             index, window = inputs
-            return layer(x, (of_layers(params, index), of_layers(cache, index - start), window))
+            return layer(x, (of_layers(params, index), of_layers(cache, index - start), window, index))
 
         if has_per_layer(params):
-            inputs = of_layers(params, slice(start, stop)), cache, windows
+            inputs = of_layers(params, slice(start, stop)), cache, windows, numbers
             return in_sequence(layer, x, inputs, stop - start)
         # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so training slices.
         if cache is None:
-            inputs = of_layers(params, slice(start, stop)), None, windows
+            inputs = of_layers(params, slice(start, stop)), None, windows, numbers
             return jax.lax.scan(layer, x, inputs, unroll=self.unroll)
-        return jax.lax.scan(indexed_layer, x, (jnp.arange(start, stop), windows), unroll=self.unroll)
+        return jax.lax.scan(indexed_layer, x, (numbers, windows), unroll=self.unroll)
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
@@ -221,10 +256,13 @@ class TransformerStack(nn.Module):
         heads = sown[HEADS]["attention"]
         return x, cache, Heads(heads["queries"], heads["keys"])
 
-    def feed_forward(self, x: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
-        """x + mlp(norm(x)) of block `index`."""
+    def feed_forward(
+        self, x: Float[Array, "B T D"], index: int, *, levels: Float[Array, "B T F"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """x + mlp(norm(x)) of block `index`, with what `levels` adds to it."""
         own = of_layers(self._params(x), index)
-        return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
+        run = self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])
+        return with_level(run(own, x), levels, index)
 
     def context_of(self, index: int, context: Context) -> Context:
         """The context of block `index`, with the block's own window."""

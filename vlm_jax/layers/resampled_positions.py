@@ -1,5 +1,7 @@
 """A learned position table read at the positions of packed patches, whose images differ in size."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import Dtype
 
+Interpolation = Literal["bicubic", "bilinear_corners"]
 _A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
 
 
@@ -42,8 +45,22 @@ def cubic_weights(positions: Int[Array, "B N"], sizes: Int[Array, "B N"], side: 
     return jnp.sum(weights[..., None] * onto, axis=-2)
 
 
+def linear_weights(positions: Int[Array, "B N"], sizes: Int[Array, "B N"], side: int) -> Float[Array, "B N {side}"]:
+    """Weights of a row of `side` samples for position `positions` of `sizes`: two taps, ends on ends.
+
+    torch's `interpolate(mode="bilinear", align_corners=True)` for traced sizes; arguments as in `cubic_weights`.
+    """
+    # Multiplied before the division, as in the reference: a rounded step would move samples of large tables.
+    places = positions.astype(jnp.float32) * (side - 1) / jnp.maximum(sizes - 1, 1).astype(jnp.float32)
+    samples = jnp.arange(side, dtype=jnp.float32)[None, None]
+    return jnp.maximum(1 - jnp.abs(places[..., None] - samples), 0)
+
+
+WEIGHTS = {"bicubic": cubic_weights, "bilinear_corners": linear_weights}
+
+
 class ResampledPositions(nn.Module):
-    """A learned square table of `side` x `side` rows, resized bicubically to every image's grid.
+    """A learned square table of `side` x `side` rows, resized to every image's grid.
 
     The two axes' weights make one matrix [N, side * side], so reading the table and its gradient are
     one matrix product each, whatever images are packed together.
@@ -52,18 +69,21 @@ class ResampledPositions(nn.Module):
       side: rows and columns of the table.
       features: width.
       param_dtype: dtype of the stored table.
+      interpolation: `bicubic`, or `bilinear_corners`, where the table's corners are those of the image.
     """
 
     side: int
     features: int
     param_dtype: Dtype = jnp.float32
+    interpolation: Interpolation = "bicubic"
 
     @nn.compact
     def __call__(self, positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]) -> Float[Array, "B N D"]:
         """The float32 embeddings of (row, column) `positions` in images of `sizes` patches."""
         init = with_axes(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
         table = self.param("table", init, (self.side**2, self.features), self.param_dtype)
-        rows, cols = (cubic_weights(positions[..., i], sizes[..., i], self.side) for i in (0, 1))
+        weigh = WEIGHTS[self.interpolation]
+        rows, cols = (weigh(positions[..., i], sizes[..., i], self.side) for i in (0, 1))
         weights = rows[..., :, None] * cols[..., None, :]
         flat = weights.reshape(*positions.shape[:2], self.side**2)
         # A default-precision product of a TPU would round weights and table to bfloat16.

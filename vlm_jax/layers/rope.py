@@ -47,13 +47,16 @@ class Rope:
       attention_factor: of `yarn` and `longrope`, factor of rotated queries and keys; by the paper's formula when None.
       sections: of M-RoPE, numbers of wavelengths for the temporal position, the row, the column, and so
         on in this order; empty where positions have one axis.
+      interleaved: of M-RoPE, whether row and column take every third wavelength from the second and from the third
+        on, up to three times their sections, and the temporal position all others, as in Qwen3-VL.
 
     Raises:
       ValueError: the scaling lacks a field that it needs, or a field is set that it does not read.
 
     Source: Su et al. 2021 (RoFormer), eq. 15; Chen et al. 2023 for `linear`; bloc97 2023 for `dynamic`; Bai et al. 2023
     (Qwen) for `dynamic_prompt`; Dubey et al. 2024 for `llama3`; Peng et al. 2023, eq. 17 to 23, for `yarn`; Ding et
-    al. 2024 for `longrope`; Wang et al. 2024 (Qwen2-VL) for M-RoPE; transformers, modeling_rope_utils.py.
+    al. 2024 for `longrope`; Wang et al. 2024 (Qwen2-VL) for M-RoPE; Bai et al. 2025 (Qwen3-VL), section
+    2.1, and transformers, models/qwen3_vl, for `interleaved`; transformers, modeling_rope_utils.py.
     """
 
     theta: Positive = 10_000.0
@@ -69,12 +72,15 @@ class Rope:
     long_factors: tuple[Positive, ...] = ()
     attention_factor: Positive | None = None
     sections: tuple[Natural, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self):
-        reads = (*_READS[self.scaling], "theta", "scaling", "sections")
+        reads = (*_READS[self.scaling], "theta", "scaling", "sections", "interleaved")
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         wrong = [f"{name} is needed" for name in _NEEDED if name in reads and name not in given]
         wrong += [f"{name} is not read" for name in given if name not in reads]
+        if self.interleaved and len(self.sections) != 3:
+            wrong.append("three sections are needed for interleaved axes")
         if wrong:
             raise ValueError(f"rotary scaling {self.scaling}: {', '.join(wrong)}")
 
@@ -131,8 +137,17 @@ class Rope:
         if positions.ndim == 2:
             positions = positions[..., None]
         else:
-            positions = positions[..., np.repeat(np.arange(len(self.sections)) % 3, self.sections)]
+            positions = positions[..., self._axes(head_dim // 2)]
         return positions.astype(jnp.float32) * frequencies.reshape((1,) * (3 - frequencies.ndim) + frequencies.shape)
+
+    def _axes(self, count: int) -> np.ndarray:
+        """Of every wavelength the axis of M-RoPE."""
+        if not self.interleaved:
+            return np.repeat(np.arange(len(self.sections)) % 3, self.sections)
+        found = np.zeros(count, int)
+        for axis in (1, 2):
+            found[axis : 3 * self.sections[axis] : 3] = axis
+        return found
 
     def _frequencies(self, dim: int, lengths: jax.Array | None) -> np.ndarray | jax.Array:
         """Radians per position, [half] or [B, T, half]."""

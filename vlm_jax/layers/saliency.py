@@ -1,5 +1,6 @@
 """How much attention every token gets in one layer."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,6 +38,27 @@ def attention_saliency(heads: Heads, context: Context, weights: Float[Array, "B 
     return _received(heads, context, shares)
 
 
+def head_saliency(
+    heads: Heads, context: Context, weights: Float[Array, "B I T"], factors: Float[Array, "B T S"] | None = None
+) -> Float[Array, "B I Q S"]:
+    """Softmax attention that each key gets by head, for several weightings of the queries; float32.
+
+    Args:
+      heads, context: as of `attention_saliency`.
+      weights: how much each query counts; 0 throughout gives 0.
+      factors: of each query's attention to each key, after the softmax, or None.
+    """
+    shares = weights / jnp.maximum(weights.sum(axis=2, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    given = (jnp.moveaxis(shares, 2, 1),) if factors is None else (jnp.moveaxis(shares, 2, 1), factors)
+
+    def summed(attended: jax.Array, shares: jax.Array, factors: jax.Array | None = None) -> jax.Array:
+        attended = attended if factors is None else attended * factors[:, None, None]
+        return jnp.einsum("bkgts,bti->bikgs", attended, shares)
+
+    found = _over_queries(heads, context, summed, *given)
+    return found.reshape(*found.shape[:2], -1, found.shape[-1])
+
+
 def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
     """Softmax attention that each token gets: the mean over heads, and over the queries of its segment; float32.
 
@@ -65,14 +87,30 @@ def _sizes(segments: Int[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Float[Array, "B S"]:
-    """Sum over queries of their share times the mean weight of the heads; many queries are processed in blocks."""
+    """Sum over queries of their share times the mean weight of the heads."""
+    count = heads.query.shape[2]
+
+    def summed(attended: jax.Array, shares: jax.Array) -> jax.Array:
+        return jnp.einsum("bts,bt->bs", attended.sum(axis=(1, 2)) / count, shares)
+
+    return _over_queries(heads, context, summed, shares)
+
+
+def _over_queries(heads: Heads, context: Context, summed: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
+    """The sum over queries of a function of attention weights; many queries are processed in blocks.
+
+    Args:
+      heads, context: as of `attention_saliency`.
+      summed: of weights [B, K, G, T, S] and arrays [B, T, ..] of some queries.
+      given: these arrays of all queries; zeros of the first one add nothing.
+    """
     query, key = (x.astype(jnp.float32) for x in heads)
     batch, length, count, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, dim) * dim**-0.5
     mask = allowed(context, length, key.shape[1])
 
     def of_block(block):
-        grouped, shares, mask = block
+        grouped, mask, *given = block
         logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
         if mask is not None:
             mask = mask[:, None, None]
@@ -80,11 +118,11 @@ def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Fl
         attended = jax.nn.softmax(logits, axis=-1)
         if mask is not None:
             attended = jnp.where(mask, attended, 0)
-        return jnp.einsum("bts,bt->bs", attended.sum(axis=(1, 2)) / count, shares)
+        return summed(attended, *given)
 
     size = max(1, _MAX_WEIGHTS // (batch * count * key.shape[1]))
     if size >= length:
-        return of_block((grouped, shares, mask))
+        return of_block((grouped, mask, *given))
     blocks = -(-length // size)
 
     def cut(x):
@@ -92,4 +130,4 @@ def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Fl
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
 
     mask = None if mask is None else cut(mask)
-    return jax.lax.map(of_block, (cut(grouped), cut(shares), mask)).sum(axis=0)
+    return jax.lax.map(of_block, (cut(grouped), mask, *map(cut, given))).sum(axis=0)

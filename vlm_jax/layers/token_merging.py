@@ -65,7 +65,7 @@ def run_merging(
       x: prefix tokens, then patches.
       segments: as in `Context`.
       counts: tokens to merge in each block, at most half of the patches that it receives.
-      num_prefix: 1 if the first token is never merged, 2 if nothing is merged into the second either, else 0.
+      num_prefix: tokens at the start that are never merged, and into which nothing is merged.
       released: returns tokens in the order of the released code; see `merge`.
       proportional: keys are weighted in attention by the number of patches merged into them.
 
@@ -120,7 +120,7 @@ def match(
       metric: vectors to compare.
       segments: 0 is padding; None where there is one segment.
       count: number of tokens to merge.
-      num_prefix: 1 if the first token is never merged; 2 if nothing is merged into the second either.
+      num_prefix: tokens at the start that are never merged, and into which nothing is merged.
       released: without a prefix, unmerged tokens are in descending similarity, as in the released code; else in order.
     """
     metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
@@ -129,10 +129,7 @@ def match(
         first, second = segments[:, ::2, None], segments[:, None, 1::2]
         scores = jnp.where(first == second, scores, _LAST)
         scores = jnp.where(first == 0, _FIRST, scores)
-    if num_prefix:
-        scores = scores.at[:, 0].set(-jnp.inf)
-    if num_prefix > 1:
-        scores = scores.at[:, :, 0].set(-jnp.inf)
+    scores = scores.at[:, : -(-num_prefix // 2)].set(-jnp.inf).at[:, :, : num_prefix // 2].set(-jnp.inf)
     best = jnp.max(scores, axis=-1)
     order = jax.lax.top_k(best, best.shape[1])[1]
     source, stays = order[:, :count], order[:, count:]
@@ -159,9 +156,11 @@ def merge(
 
     def joined(leaf, reduce):
         left, second = _take(leaf[:, ::2], stays), reduce(leaf[:, 1::2].at[row, target], leaf[:, ::2])
-        if num_prefix > 1:  # the prefix stays in front
-            return jnp.concatenate([left[:, :1], second[:, :1], left[:, 1:], second[:, 1:]], axis=1)
-        return jnp.concatenate([left, second], axis=1)
+        parts = []
+        for index in range(num_prefix):  # the prefix stays in front
+            parts.append((second if index % 2 else left)[:, index // 2 : index // 2 + 1])
+        rest = left[:, -(-num_prefix // 2) :], second[:, num_prefix // 2 :]
+        return jnp.concatenate([*parts, *rest], axis=1)
 
     def added(place, first):
         return place.add(_take(first, source))

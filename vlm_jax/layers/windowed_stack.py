@@ -99,6 +99,7 @@ class WindowedStack(nn.Module):
       saliency: also returns the attention that each patch gets in the last layer: averaged over `heads`, or of
         all heads `joined` into one, and over the queries of the same segment (of the same window where the
         last layer is windowed).
+      levels: numbers of the hidden states to return, in ascending order: 0 is the input, `depth` the last output.
       remat: as in `TransformerStack`.
 
     Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
@@ -109,6 +110,7 @@ class WindowedStack(nn.Module):
     full_layers: tuple[int, ...] | None = None
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
+    levels: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -119,7 +121,9 @@ class WindowedStack(nn.Module):
         *,
         collect: bool = False,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None, Attended | None]:
-        """Returns the last output; with `collect` [depth + 1, B, N, D]; and with `saliency` an `Attended`.
+        """Returns the last output; the states of `levels`, or with `collect` all; and with `saliency` an `Attended`.
+
+        Without levels and `collect` there are no states. They are [levels, B, N, D], or [depth + 1, B, N, D].
 
         Args:
           x: embeddings in the order of `packed`.
@@ -135,7 +139,7 @@ class WindowedStack(nn.Module):
         if self.saliency != "none" and (collect or not kinds):
             raise ValueError("saliency is of the last layer, without collected states: leave out `collect`")
         if not kinds:
-            return x, x[None] if collect else None, None
+            return x, x[None] if collect or self.levels else None, None
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
@@ -146,31 +150,39 @@ class WindowedStack(nn.Module):
         params = self.get_variable("params", "layers") if given else self.param("layers", self._init, x.shape[-1])
         params = nn.meta.unbox(params)
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
+        state = _State.of(x, () if collect else self.levels)
+        each = params, None if state.levels is None else self._slots()
         if self.saliency != "none":
-            last = kinds[-1]
-            x, _ = self._planned(layers, params, x, kinds[:-1])
-            x, attended = layers.attended(x, jax.tree.map(lambda leaf: leaf[-1], params), last, self.saliency)
-            return x, None, attended
-        return *self._planned(layers, params, x, kinds), None
+            state, _ = self._planned(layers, each, state, kinds[:-1])
+            own, slot = jax.tree.map(lambda leaf: leaf[-1], each)
+            x, attended = layers.attended(state.x, own, kinds[-1], self.saliency)
+            return x, state.after(x, slot).chosen(), attended
+        state, hidden = self._planned(layers, each, state, kinds)
+        return state.x, state.chosen() if hidden is None else hidden, None
 
     @staticmethod
-    def _planned(layers: "_Layers", params: Params, x: jax.Array, kinds: tuple[Kind, ...]) -> tuple[jax.Array, Tree]:
-        """The output of the first layers, of `kinds`, and the hidden states if collected."""
+    def _planned(layers: "_Layers", each: Tree, state: "_State", kinds: tuple[Kind, ...]) -> tuple["_State", Tree]:
+        """The state after the first layers, of `kinds`, and all hidden states if collected."""
         if not kinds:
-            return x, None
-        params = jax.tree.map(lambda leaf: leaf[: len(kinds)], params)
+            return state, None
+        each = jax.tree.map(lambda leaf: leaf[: len(kinds)], each)
         plan = schedule(kinds)
         split = len(plan.period) * plan.repeats
         if plan.repeats > 1:
             shape = (plan.repeats, len(plan.period))
-            repeated = jax.tree.map(lambda leaf: leaf[:split].reshape(*shape, *leaf.shape[1:]), params)
-            x, first = jax.lax.scan(lambda x, part: layers(x, part, plan.period), x, repeated)
+            repeated = jax.tree.map(lambda leaf: leaf[:split].reshape(*shape, *leaf.shape[1:]), each)
+            state, first = jax.lax.scan(lambda state, part: layers(state, part, plan.period), state, repeated)
         else:
-            x, first = layers(x, jax.tree.map(lambda leaf: leaf[:split], params), plan.period)
-        x, last = layers(x, jax.tree.map(lambda leaf: leaf[split:], params), plan.rest)
+            state, first = layers(state, jax.tree.map(lambda leaf: leaf[:split], each), plan.period)
+        state, last = layers(state, jax.tree.map(lambda leaf: leaf[split:], each), plan.rest)
         if first is None:
-            return x, None
-        return x, jnp.concatenate([first.reshape(-1, *x.shape), last, x[None]])
+            return state, None
+        return state, jnp.concatenate([first.reshape(-1, *state.x.shape), last, state.x[None]])
+
+    def _slots(self) -> jax.Array:
+        """Of every layer the index in `levels` of its output, or the number of levels."""
+        found = {level: slot for slot, level in enumerate(self.levels)}
+        return jnp.asarray([found.get(layer + 1, len(self.levels)) for layer in range(self.depth)], jnp.int32)
 
     def _kinds(self) -> tuple[Kind, ...]:
         full = range(self.depth) if self.full_layers is None else self.full_layers
@@ -185,6 +197,37 @@ class WindowedStack(nn.Module):
             jax.random.split(rng, self.depth)
         )
         return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: axes.LAYERS})
+
+
+class _State(NamedTuple):
+    """Tokens between layers.
+
+    Attributes:
+      x: the last output.
+      levels: [levels + 1, B, N, D] outputs that are returned, the last of them overwritten by every other layer's; None
+        where none are.
+    """
+
+    x: jax.Array
+    levels: jax.Array | None
+
+    @staticmethod
+    def of(x: jax.Array, levels: tuple[int, ...]) -> "_State":
+        """The state before the first layer."""
+        if not levels:
+            return _State(x, None)
+        held = jnp.zeros((len(levels) + 1, *x.shape), x.dtype)
+        return _State(x, held.at[0].set(x) if levels[0] == 0 else held)
+
+    def after(self, x: jax.Array, slot: jax.Array | None) -> "_State":
+        """The state after a layer with the output `x`."""
+        if self.levels is None:
+            return _State(x, None)
+        return _State(x, jax.lax.dynamic_update_index_in_dim(self.levels, x, slot, 0))
+
+    def chosen(self) -> jax.Array | None:
+        """The states of the levels."""
+        return None if self.levels is None else self.levels[:-1]
 
 
 class _Layers:
@@ -221,21 +264,23 @@ class _Layers:
         looking = heads.joined() if saliency == "joined" else heads
         return x, Attended(segment_saliency(looking, context), heads.key)
 
-    def __call__(self, x: jax.Array, params: Params, kinds: tuple[Kind, ...]) -> tuple[jax.Array, Tree]:
-        """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""
+    def __call__(self, state: _State, each: Tree, kinds: tuple[Kind, ...]) -> tuple[_State, Tree]:
+        """Runs layers of `kinds` with stacked parameters and slots; returns the state and [layers, B, N, D] or None."""
         start = 0
-        hidden: list[Tree] = [jnp.zeros((0, *x.shape), x.dtype)]
+        hidden: list[Tree] = [jnp.zeros((0, *state.x.shape), state.x.dtype)]
         for kind, count in runs(kinds):
-            mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], params)
+            mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], each)
 
-            def body(y, layer, kind=kind):
-                return self._layer(y, layer, self._contexts[kind]), y if self._collect else None
+            def body(before, layer, kind=kind):
+                params, slot = layer
+                after = before.after(self._layer(before.x, params, self._contexts[kind]), slot)
+                return after, before.x if self._collect else None
 
             if count == 1:
-                x, states = body(x, jax.tree.map(lambda leaf: leaf[0], mine))
+                state, states = body(state, jax.tree.map(lambda leaf: leaf[0], mine))
                 states = None if states is None else states[None]
             else:
-                x, states = jax.lax.scan(body, x, mine)
+                state, states = jax.lax.scan(body, state, mine)
             start += count
             hidden.append(states)
-        return x, jnp.concatenate(hidden) if self._collect else None
+        return state, jnp.concatenate(hidden) if self._collect else None

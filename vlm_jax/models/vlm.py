@@ -15,7 +15,8 @@ from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.layers.local_rows import local_rows, on_own_device
-from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
+from vlm_jax.models.guide import Guide
+from vlm_jax.reducers.behind_connector import kept_levels, positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
     PADDING_SEGMENT,
@@ -26,6 +27,7 @@ from vlm_jax.types import (
     Instruction,
     PackedPatches,
     Positions,
+    Question,
     TwoSizes,
     VisualFeatures,
     VisualPlaces,
@@ -41,12 +43,15 @@ class Embedded(NamedTuple):
       segment_ids: those of the batch; a masked visual token is padding.
       places: positions of the visual tokens, for a decoder that drops some of them, else None.
       positions: those of the batch, with the original positions of visual tokens that keep them.
+      levels: what is added to the outputs of the decoder's first blocks, D channels for each, concatenated: those of
+        the visual tokens, and zeros for text; None for nothing.
     """
 
     x: Float[Array, "B T D"]
     segment_ids: Int[Array, "B T"]
     places: VisualPlaces | None
     positions: Positions
+    levels: Float[Array, "B T F"] | None = None
 
 
 Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
@@ -59,6 +64,13 @@ def flat_images(images: Float[Array, "B I height width channels"] | PackedPatche
     if isinstance(images, PackedPatches):
         return images
     return jax.tree.map(lambda pixels: pixels.reshape(-1, *pixels.shape[2:]), images)
+
+
+def flat_question(batch: Batch) -> Question | None:
+    """The questions of a batch's images, in the order of `flat_images`."""
+    if batch.question is None:
+        return None
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch.question)
 
 
 def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
@@ -81,7 +93,8 @@ def _kept_in_place(seen: Seen) -> Seen:
     """Features, those of two encoders, or visual tokens, each on the device of its row of the batch."""
     if isinstance(seen, tuple):
         return cast(Seen, tuple(map(_kept_in_place, seen)))
-    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens))
+    levels = None if seen.levels is None else on_own_device(seen.levels)
+    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens), levels=levels)
 
 
 class VLM(nn.Module):
@@ -96,6 +109,7 @@ class VLM(nn.Module):
         before the connector, or on the connector's `tokens`, required where several images are packed in a row.
       learned_rows: the first rows of every example's visual table, before the tokens of its images: a
         `LearnedRows`, or `connector` for the `indicators()` of the connector; None for none.
+      guide: embeds images and questions for a reducer that is `guided_by` them, else None.
     """
 
     encoder: Encoder | None
@@ -104,6 +118,7 @@ class VLM(nn.Module):
     reducer: Reducer | None = None
     reduce: Literal["features", "tokens"] = "features"
     learned_rows: LearnedRows | Literal["connector"] | None = None
+    guide: Guide | None = None
 
     @property
     def num_learned_rows(self) -> int:
@@ -121,22 +136,35 @@ class VLM(nn.Module):
         return self.connector
 
     def visual_tokens(
-        self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
+        self,
+        images: Images,
+        instruction: Instruction | None = None,
+        question: Question | None = None,
+        *,
+        deterministic: bool = True,
     ) -> VisualTokens:
         """Visual tokens of a flat batch of images, or of sequences of packed ones, after the reducer.
 
         Args:
           images: normalised pixels, or packed patches.
           instruction: for a connector that takes one, one row per image.
+          question: for a model with a guide, that of every image.
           deterministic: False in training.
 
         Raises:
           ValueError: the connector's number of tokens differs from its `num_tokens`, there is no encoder, or the
-            reducer cannot act on packed images, or on the features of two encoders.
+            reducer cannot act on packed images, or on the features of two encoders; there is a guide, but no question.
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
         features = _kept_in_place(self.encoder(images))
+        if self.guide is not None:
+            if question is None or isinstance(features, tuple):
+                raise ValueError(
+                    "this model chooses visual tokens by the question: expected a batch with question, made by the "
+                    "processor of a system with this reducer"
+                )
+            features = dataclasses.replace(features, guidance=self.guide(features, question))
         reducer = None if self.reducer is None or self.reducer.reduces_in == "decoder" else self.reducer
         if reducer is None:
             return self._connected(self.connector, features, instruction, deterministic)
@@ -148,7 +176,7 @@ class VLM(nn.Module):
         if self.reduce == "tokens":
             tokens = self._connected(self.connector, features, instruction, deterministic)
             found = token_features(tokens, features, self.connector.token_grid(features.grid))
-            return self._reduced(reducer, found, images, deterministic)
+            return self._reduced(reducer, found, tokens.levels, images, deterministic)
         if isinstance(images, PackedPatches):
             raise ValueError(
                 f"{reducer.kind} acts on the features of one image, but several are packed in a row; set reduce to "
@@ -180,20 +208,27 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def _reduced(self, reducer: Reducer, found: VisualFeatures, images: Images, deterministic: bool) -> VisualTokens:
-        """Applies the reducer to the connector's tokens."""
+    def _reduced(
+        self,
+        reducer: Reducer,
+        found: VisualFeatures,
+        levels: Float[Array, "B M F"] | None,
+        images: Images,
+        deterministic: bool,
+    ) -> VisualTokens:
+        """Applies the reducer to the connector's tokens, and keeps their levels."""
         if reducer.reduces_in is not None:
             raise ValueError(
                 f"{reducer.kind} works in the {reducer.reduces_in}, not on tokens; set reduce to 'features'"
             )
         if not isinstance(images, PackedPatches):
             left = reducer(found, deterministic=deterministic)
-            return VisualTokens(left.tokens, left.mask, left.kept)
+            return kept_levels(VisualTokens(left.tokens, left.mask, left.kept), levels)
         if images.images is None:
             raise ValueError(
                 f"{reducer.kind}: expected packed patches with the positions of each image's tokens (images)"
             )
-        return reduce_packed(reducer, found, images.images, deterministic=deterministic)
+        return kept_levels(reduce_packed(reducer, found, images.images, deterministic=deterministic), levels)
 
     def table(
         self, tokens: VisualTokens, size: int, dtype: Dtype
@@ -217,9 +252,18 @@ class VLM(nn.Module):
             segments = jnp.asarray(batch.segment_ids)
             return Embedded(text, segments, None, without_masked(batch, segments))
         size = batch.tokens.shape[0]
-        visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+        visual = self.visual_tokens(
+            flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
+        )
         table, real, num_learned = self.table(visual, size, text.dtype)
-        rows, shown = local_rows((table, real), jnp.maximum(batch.visual_index, 0))
+        index, levels = jnp.maximum(batch.visual_index, 0), None
+        if visual.levels is None:
+            rows, shown = local_rows((table, real), index)
+        else:
+            added = visual.levels.reshape(size, -1, visual.levels.shape[-1]).astype(text.dtype)
+            added = jnp.pad(added, ((0, 0), (num_learned, 0), (0, 0)))
+            rows, shown, levels = local_rows((table, real, added), index)
+            levels = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, 0, levels)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
         positions, places = without_masked(batch, segments), None
         if batch.visual_positions is not None and visual.kept is not None:
@@ -235,14 +279,17 @@ class VLM(nn.Module):
                     "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
-        return Embedded(jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows), segments, places, positions)
+        x = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows)
+        return Embedded(x, segments, places, positions, levels)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
         """Float32 logits at every position; without a decoder, the visual tokens of the images."""
         if self.decoder is None:
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
-            return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+            return self.visual_tokens(
+                flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
+            )
         return self.decoder.logits(self.hidden(batch, deterministic=deterministic))
 
     def hidden(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
@@ -255,7 +302,12 @@ class VLM(nn.Module):
             raise ValueError(_NO_DECODER)
         given = self.embed(batch, deterministic=deterministic)
         hidden, _ = self.decoder(
-            given.x, given.positions, given.segment_ids, branch_ids=batch.branch_ids, places=given.places
+            given.x,
+            given.positions,
+            given.segment_ids,
+            branch_ids=batch.branch_ids,
+            places=given.places,
+            levels=given.levels,
         )
         return hidden
 
@@ -281,7 +333,9 @@ class VLM(nn.Module):
         given = self.embed(batch)
         segments = given.segment_ids
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, places=given.places)
-        hidden, written = self.decoder(given.x, given.positions, segments, cache, places=given.places)
+        hidden, written = self.decoder(
+            given.x, given.positions, segments, cache, places=given.places, levels=given.levels
+        )
         assert written is not None
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

@@ -17,18 +17,21 @@ QUICK: Any = {"exec_time_optimization_effort": -1.0}
 _DUMPED = "*.after_codegen.txt"
 
 
-def compiled_for(mesh: Mesh, traced: jax.stages.Traced, folder: pathlib.Path | None) -> jax.stages.Compiled:
+def compiled_for(
+    mesh: Mesh, traced: jax.stages.Traced, folder: pathlib.Path, *, quick: bool = False
+) -> jax.stages.Compiled:
     """The program for a mesh.
 
     Args:
       mesh: of absent devices.
       traced: the step.
-      folder: where the compiler writes the program's text; None for a program of which only the memory is read.
+      folder: where the compiler writes the program's text and a report of its memory.
+      quick: for a program of which only the memory is read.
 
     Raises:
       jax.errors.JaxRuntimeError: it does not compile, or does not fit.
     """
-    options: dict[str, Any] = QUICK if folder is None else {"xla_dump_to": str(folder)}
+    options: dict[str, Any] = {"xla_dump_to": str(folder), **(QUICK if quick else {})}
     with use_mesh(mesh), _without_cache():
         return traced.lower().compile(compiler_options=dict(options))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from vlm_jax.planner.program_text import Program, arrays, num_bytes
 from vlm_jax.types import Tree
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Both messages of libtpu: of temporaries alone, and of everything.
+_REPORTED = re.compile(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)")
 _REFUSED = (
     r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM \(([\d.]+)([KMGT]?)",
     r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm",
@@ -68,13 +69,28 @@ class Share:
     shape: str = ""
 
 
-def of_compiled(compiled: jax.stages.Compiled, available: int) -> Memory:
-    """Memory of a program that fits."""
+def of_compiled(compiled: jax.stages.Compiled, available: int, folder: pathlib.Path | None = None) -> Memory:
+    """Memory of a program that fits.
+
+    Args:
+      compiled: the program.
+      available: memory of the chip, in bytes.
+      folder: where the TPU compiler wrote its report. Its total, of buffers as they were placed, is what it compares
+        with the chip's memory; the temporaries of `Compiled.memory_analysis` alone, used where there is no report, are
+        up to a third more.
+    """
     stats: Any = compiled.memory_analysis()
+    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    code = stats.generated_code_size_in_bytes
-    peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + code
-    return Memory(stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes, code, peak, available, True)
+    total = None if folder is None else _reported(folder)
+    temporaries = stats.temp_size_in_bytes if total is None else total - arguments - outputs
+    return Memory(arguments, outputs, temporaries, code, arguments + outputs + temporaries + code, available, True)
+
+
+def _reported(folder: pathlib.Path) -> int | None:
+    """Bytes in the main memory of the largest program that the compiler reported on."""
+    totals = [_REPORTED.search(path.read_text()) for path in folder.glob("*memory-usage-report.txt")]
+    return max((int(found[1]) for found in totals if found is not None), default=None)
 
 
 def of_refusal(message: str, arguments: int) -> Memory | None:
@@ -84,12 +100,11 @@ def of_refusal(message: str, arguments: int) -> Memory | None:
       message: of the error.
       arguments: bytes of the program's arguments on a chip.
     """
-    for number, pattern in enumerate(_REFUSED):
+    for pattern in _REFUSED:
         found = re.search(pattern, message, re.DOTALL)
         if found is not None:
-            need = round(float(found[1]) * _UNITS[found[2]])
+            peak = round(float(found[1]) * _UNITS[found[2]])  # with arguments, whatever the message calls it
             available = round(float(found[3]) * _UNITS[found[4]])
-            peak = need + arguments if number == 0 else need
             return Memory(arguments, 0, peak - arguments, 0, peak, available, False)
     return None
 

@@ -142,8 +142,8 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
     with tempfile.TemporaryDirectory(prefix="plan") as name:
         folder = pathlib.Path(name)
         try:
-            compiled = compiled_for(work.mesh, work.traced, None if quick else folder)
-            found = of_compiled(compiled, int(topology.chip.hbm_bytes))
+            compiled = compiled_for(work.mesh, work.traced, folder, quick=quick)
+            found = of_compiled(compiled, int(topology.chip.hbm_bytes), folder)
             parts = _unread("compiled for its memory alone")
             if not quick:
                 parts = _read(compiled, folder, work, topology.chip, flops)

@@ -145,7 +145,7 @@ class Program:
         return None
 
     def trip_count(self, loop: Instruction, around: Computation) -> int:
-        """Iterations of a loop that counts by ones from a constant up to another one, as loops of `scan` do.
+        """Iterations of a loop that counts from a constant up to another one by a constant, as loops of `scan` do by 1.
 
         Raises:
           UnknownTripCount: any other loop.
@@ -161,25 +161,27 @@ class Program:
             index, stop = re.search(r"index=(\d+)", counter.attributes), _constant(limit, own)
             if counter.opcode == "get-tuple-element" and index is not None and stop is not None:
                 start = _start(loop, int(index[1]), {one.name: one for one in around})
-                if start is not None and self._adds_one(str(loop.called("body")), int(index[1])):
-                    return max(0, stop - start)
+                step = self._step(str(loop.called("body")), int(index[1]))
+                if start is not None and step is not None and step > 0:
+                    return max(0, -((start - stop) // step))
         raise UnknownTripCount(
             f"the loop {loop.name} ({loop.op_name or 'made by the compiler'}) has an unknown number of iterations"
         )
 
-    def _adds_one(self, body: str, index: int) -> bool:
-        """Whether an iteration adds 1 to an element of the carry."""
+    def _step(self, body: str, index: int) -> int | None:
+        """The constant that an iteration adds to an element of the carry; None where it does something else."""
         own = {one.name: one for one in self.computations[body]}
         root = next(one for one in own.values() if one.is_root)
         if root.opcode != "tuple" or root.operands[index] not in own:
-            return False
+            return None
         added = _origin(own[root.operands[index]], own)
         if added.opcode != "add":
-            return False
+            return None
         terms = [_origin(own[name], own) for name in added.operands]
         counters = [one for one in terms if one.opcode == "get-tuple-element"]
         steps = [_constant(one, own) for one in terms if one.opcode == "constant"]
-        return steps == [1] and [f"index={index}" in re.split(r"[, ]+", one.attributes) for one in counters] == [True]
+        counts = [f"index={index}" in re.split(r"[, ]+", one.attributes) for one in counters]
+        return steps[0] if counts == [True] and len(steps) == 1 else None
 
     def _weight(self, name: str) -> int:
         return sum(one.cycles or 1 for one in self.computations[name])

@@ -1,13 +1,16 @@
 """Released checkpoints by their own configs: `vlm_jax.from_pretrained`, and the table of families.
 
 One file per family converts the released config, with defaults for missing keys, to a
-module, its rules and the keys that it ignores (`family.Description`).
+module, its rules and the keys that it ignores (`family.Description`). A package outside of vlm_jax adds its families by
+`register_family`; see `vlm_jax.plugins`.
 """
 
 import os
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from vlm_jax.plugins import Registry, lacking_of_function
 from vlm_jax.pretrained import (
     big_vision,
     blip,
@@ -15,6 +18,7 @@ from vlm_jax.pretrained import (
     deepseek_vl,
     deepseek_vl2,
     deepseek_vl_hf,
+    dinov2,
     idefics2,
     internvl,
     internvl_hf,
@@ -24,6 +28,7 @@ from vlm_jax.pretrained import (
     open_clip,
     ovis,
     qwen2_vl,
+    qwen3_vl,
     qwen_vl,
     sam,
     siglip,
@@ -34,10 +39,16 @@ from vlm_jax.pretrained.budgets import Section
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import load
 from vlm_jax.pretrained.pretrained import Pretrained
+from vlm_jax.pretrained.processing import (
+    IMAGE_TEXT_PROCESSORS,
+    PROCESSORS,
+    MakesImageTextProcessor,
+    MakesProcessor,
+)
 from vlm_jax.types import Config
 
 # Model type of a released config (`family.marker`) -> its family.
-FAMILIES: dict[str, Family] = {
+_OWN: Mapping[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
     "big_vision.vit": big_vision.describe_vit,
@@ -60,6 +71,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl": deepseek_vl_hf.describe,
     "deepseek_vl_hybrid": deepseek_vl_hf.describe_hybrid,
     "deepseek_vl_v2": deepseek_vl2.describe,
+    "dinov2": dinov2.describe,
+    "dinov2_with_registers": dinov2.describe_with_registers,
     "idefics2": idefics2.describe,
     "idefics2_vision": idefics2.describe_vision,
     "instructblip": blip.describe,
@@ -80,10 +93,41 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl_vision": qwen2_vl.describe,
     "qwen2_5_vl": qwen2_vl.describe,
     "qwen2_5_vl_vision": qwen2_vl.describe,
+    "qwen3_vl": qwen3_vl.describe,
+    "qwen3_vl_moe": qwen3_vl.describe,
+    "qwen3_vl_moe_vision": qwen3_vl.describe,
+    "qwen3_vl_vision": qwen3_vl.describe,
     "sam": sam.describe,
     "sam_vision_model": sam.describe,
     **language.FAMILIES,
 }
+
+FAMILIES = Registry("register_family", _OWN, lacking_of_function(Family))
+
+
+def register_family(
+    model_type: str,
+    describe: Family,
+    *,
+    processor: MakesProcessor | None = None,
+    image_text_processor: MakesImageTextProcessor | None = None,
+) -> None:
+    """Adds a family of another package to `FAMILIES`.
+
+    Args:
+      model_type: of its released configs (`family.marker`).
+      describe: as `family.Family`; `vlm_jax.testing.families` tests it.
+      processor: makes the processor of a system with conversations from a folder and its config; None for a tower.
+      image_text_processor: makes that of a two-tower model or a classifier.
+
+    Raises:
+      PluginError: the model type is taken, or a function takes other arguments.
+    """
+    FAMILIES.register(model_type, describe)
+    if processor is not None:
+        PROCESSORS.register(model_type, processor)
+    if image_text_processor is not None:
+        IMAGE_TEXT_PROCESSORS.register(model_type, image_text_processor)
 
 
 def from_pretrained(

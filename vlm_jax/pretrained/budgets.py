@@ -6,6 +6,9 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.config import ConfigError, choose, parse, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
@@ -15,18 +18,20 @@ from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.pretrained.smaller_tile import smaller_tile
 from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.question import QuestionTexts
 from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import Tiles, Views
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
-from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.reducers.reducer import GuidedByClip, Reducer
 from vlm_jax.system import System
-from vlm_jax.types import Config, Fields, Grid
+from vlm_jax.types import Config, Fields, Grid, Question
 
 Part = TypeVar("Part", Encoder, Decoder)
 Section = str | Config  # a kind, or a section with its kind and settings
@@ -48,7 +53,8 @@ def with_budget(
         pixels; with one of them the exact number for a tile. For an image that is packed at its own resolution it is
         the exact number with a reducer (or fewer if it has fewer), and a bound with another connector. None
         keeps the release's number, or that of the sections.
-      reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
+      reducer: a training-free reducer, without parameters of its own; one that chooses by the question reads parts of a
+        CLIP, which become the model's `guide`. Where positions have three axes, tokens keep theirs
         unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
         made as released, and is a bound for a packed picture.
       connector: takes the place of the release's own; its parameters are drawn anew.
@@ -172,7 +178,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     parts: Fields = {"encoder": encoder, "decoder": decoder}
     grid = _grid_of_view(model, views)
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
-    at_tokens = packed or laid_out != grid
+    at_tokens = packed or laid_out != grid or reducer_class.on_tokens
     if kind == "downsample_image":
         return _with_smaller_pictures(system, model, tokens, section, path)
     if packed and reducer_class.reduces_in == "encoder":
@@ -202,12 +208,14 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
+    if reducer_class.reduces_clips:
+        solved["frames"] = 1  # a picture; packed videos have their own numbers
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
-    if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
+    if at_tokens and laid_out is None and not packed and (made.required_fields().get("encoder") or made.guided_by):
         raise ConfigError(
-            f"{path}.kind: {kind} ranks tokens by the attention to their patches, but the tokens of "
+            f"{path}.kind: {kind} ranks tokens by their patches, but the tokens of "
             f"{type(connector).__name__} are queries without a position; choose random, uniform_stride or divprune"
         )
     for name, fields in made.required_fields().items():
@@ -219,6 +227,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         drops=tuple(drop.num_left for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
         keeps_positions=made.positions == "keep" and not in_decoder,
         is_packed=packed and not in_decoder,
+        compares_frames=reducer_class.reduces_clips,
     )
     if not in_decoder:
         if packed:
@@ -231,8 +240,28 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     )
     if not at_tokens and not in_decoder:
         _check_kept_by_connector(reduced, made, grid, path)
+    if isinstance(made, GuidedByClip):
+        system, reduced, question = _guided(system, reduced, made, path)
+        reduction = dataclasses.replace(reduction, question=question)
     made_processor = dataclasses.replace(processor, views=views, reduction=reduction)
     return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
+
+
+def _guided(system: System, model: VLM, reducer: GuidedByClip, path: str) -> tuple[System, VLM, QuestionTexts]:
+    """The system and the model with the guide that a reducer needs, and what makes ids of a question."""
+    release = system.release
+    assert release is not None and model.encoder is not None  # `with_budget` takes systems of releases
+    found = clip_guide(model.encoder, reducer.text_model, release.config, release.folder, kind=reducer.kind, path=path)
+    text = found.module.text
+    question = QuestionTexts(found.tokenizer, text.context_length, reducer.question, text.vocab_size)
+    (batch,) = system.inputs
+    shapes = Question(
+        jax.ShapeDtypeStruct((*batch.images.shape[:2], 1, text.context_length), jnp.int32),
+        jax.ShapeDtypeStruct((*batch.images.shape[:2], 1), jnp.bool_),
+    )
+    release = dataclasses.replace(release, borrowed=(*release.borrowed, found.borrowed))
+    inputs = (dataclasses.replace(batch, question=shapes),)
+    return dataclasses.replace(system, inputs=inputs, release=release), model.clone(guide=found.module), question
 
 
 def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, section: Config, path: str) -> System:

@@ -85,6 +85,17 @@ def text_tower(config: Config, where: str, **fields: Any) -> TextTower:
     return TextTower(**{**own, **fields})
 
 
+def sections(config: Config) -> dict[str, Fields]:
+    """The sections `vision_config` and `text_config` of a `CLIPModel`.
+
+    Where a release has both, `.._config_dict` has the values that differ from the defaults, and takes precedence.
+    """
+    return {
+        name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+        for name in ("vision_config", "text_config")
+    }
+
+
 def vision_rules(vit: ViT) -> tuple[Rule, ...]:
     """The rules of a `vision_tower`."""
     return clip_vision_rules(vit.width, num_patches(vit))
@@ -99,15 +110,11 @@ def describe(
     """A `CLIPModel`."""
     del checkpoint
     settings = with_defaults(config, DEFAULTS, "clip")
-    # Where a release has both, `.._config_dict` has the values that differ from the defaults, and takes precedence.
-    sections = {
-        name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
-        for name in ("vision_config", "text_config")
-    }
+    towers = sections(config)
     fields = {"projection_dim": settings["projection_dim"], "dtype": dtype, "param_dtype": param_dtype}
-    vision = vision_tower(sections["vision_config"], "clip.vision_config", **fields)
-    text = text_tower(sections["text_config"], "clip.text_config", **fields)
-    channels = with_defaults(sections["vision_config"], VISION_DEFAULTS, "clip.vision_config")["num_channels"]
+    vision = vision_tower(towers["vision_config"], "clip.vision_config", **fields)
+    text = text_tower(towers["text_config"], "clip.text_config", **fields)
+    channels = with_defaults(towers["vision_config"], VISION_DEFAULTS, "clip.vision_config")["num_channels"]
     return Description(
         TwoTower(vision, text, settings["logit_scale_init_value"]),
         (image_shape(vision, channels), TEXT_SHAPE),

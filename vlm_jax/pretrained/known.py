@@ -36,6 +36,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "qwen": ("transformer.wte.weight", "transformer.visual.proj"),
     "qwen2_5_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
     "qwen2_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
+    "qwen3_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
+    "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "vit": ("pooler.dense.weight",),
 }
 _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")

@@ -1,4 +1,4 @@
-"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL and Qwen2.5-VL."""
+"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 import re
 from collections.abc import Mapping
@@ -77,6 +77,35 @@ QWEN2_VL_DEFAULTS: Fields = {
     "rope_theta": 1_000_000.0,
 }
 QWEN2_VL_SECTIONS = (16, 24, 24)
+# transformers, models/qwen3_vl/configuration_qwen3_vl.py, Qwen3VLTextConfig.
+QWEN3_VL_DEFAULTS: Fields = {
+    **_COMMON,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "attention_bias": False,
+    "max_position_embeddings": 128_000,
+    "rope_theta": 500_000.0,
+}
+QWEN3_VL_SECTIONS = (24, 20, 20)
+# The same of models/qwen3_vl_moe, Qwen3VLMoeTextConfig.
+QWEN3_VL_MOE_DEFAULTS: Fields = {
+    **QWEN3_VL_DEFAULTS,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": None,
+    "tie_word_embeddings": True,
+    "moe_intermediate_size": 1408,
+    "num_experts": 60,
+    "num_local_experts": None,  # the same in files of later versions
+    "num_experts_per_tok": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
 
 
 def llama(
@@ -89,6 +118,7 @@ def llama(
     qkv_bias: bool = False,
     qk_norm: bool = False,
     sections: tuple[int, ...] = (),
+    interleaved: bool = False,
     **dtypes: Dtype,
 ) -> LanguageModel:
     """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
@@ -106,6 +136,14 @@ def llama(
         "out_bias": settings["attention_bias"],
         "mlp_bias": settings["mlp_bias"],
     }
+    experts: Fields = {}
+    if "moe_intermediate_size" in settings:
+        check_supported(settings, {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}, where)
+        experts = {
+            "expert_dim": settings["moe_intermediate_size"],
+            "num_experts": settings["num_local_experts"] or settings["num_experts"],
+            "num_selected": settings["num_experts_per_tok"],
+        }
     decoder = Transformer(
         vocab_size=settings["vocab_size"],
         width=settings["hidden_size"],
@@ -115,16 +153,23 @@ def llama(
         mlp_dim=settings["intermediate_size"],
         activation=ACTIVATIONS[settings["hidden_act"]],
         head_dim=settings["head_dim"],
-        rope=released_rope(settings, where, head_dim, sections),
+        rope=released_rope(settings, where, head_dim, sections, interleaved=interleaved),
         norm_epsilon=settings["rms_norm_eps"],
         qk_norm=qk_norm,
         windows=_windows(settings, where),
         tie_embeddings=tied,
         **biases,
+        **experts,
         **dtypes,
     )
+    trunk = trunk_rules(
+        **biases,
+        qk_norm=qk_norm,
+        expert_dim=decoder.expert_dim,
+        out_first=_out_first(checkpoint.get(f"{names.trunk}layers.0.mlp.experts.gate_up_proj"), decoder),
+    )
     rules = (
-        *prefixed(trunk_rules(**biases, qk_norm=qk_norm), names.trunk),
+        *prefixed(trunk, names.trunk),
         *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
     )
     return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))
@@ -157,6 +202,18 @@ def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
     return llama(
         config, checkpoint, where, defaults=QWEN2_VL_DEFAULTS, qkv_bias=True, sections=QWEN2_VL_SECTIONS, **more
     )
+
+
+def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """The language model of Qwen3-VL: Qwen3 with interleaved M-RoPE; dense, or with experts in every layer."""
+    sparse = config["model_type"] == "qwen3_vl_moe_text"
+    settings: Fields = {"defaults": QWEN3_VL_MOE_DEFAULTS if sparse else QWEN3_VL_DEFAULTS, "interleaved": True}
+    return llama(config, checkpoint, where, qk_norm=True, sections=QWEN3_VL_SECTIONS, **settings, **more)
+
+
+def _out_first(stored: SourceTensor | None, decoder: Transformer) -> bool:
+    """Whether experts are stored as [out, in]: by files that transformers wrote, not by those of the release."""
+    return stored is not None and decoder.expert_dim is not None and stored.shape[1] == 2 * decoder.expert_dim
 
 
 def _windows(settings: Config, where: str) -> tuple[int | None, ...]:

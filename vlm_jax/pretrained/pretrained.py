@@ -94,7 +94,8 @@ class Pretrained:
     def with_budget(
         self, tokens: int | None = None, *, reducer: Section | None = None, connector: Section | None = None
     ) -> "Pretrained":
-        """The model with a token budget; parameters are shared, except random ones of a new connector.
+        """The model with a token budget; parameters are shared, except random ones of a new connector, and
+        those that a reducer needs of another checkpoint.
 
         Args:
           tokens, reducer, connector: as in `budgets.with_budget`.
@@ -108,7 +109,7 @@ class Pretrained:
         if drawn:
             kept = {part: tree for part, tree in params.items() if part not in drawn}
             params = kept | system.initial(jax.random.key(0), mesh_of(params), without=tuple(kept))
-        return Pretrained(system, params, self.image_size)
+        return Pretrained(system, params | system.borrowed(params), self.image_size)
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Number of visual tokens of each image of one conversation, without running the model.
@@ -299,10 +300,12 @@ class Pretrained:
         return document_blocks(answer.text, *self._sizes(image, max_visual_tokens))
 
     def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
-        """The size of an image, and of the model's input if its answers refer to input pixels."""
+        """The size of an image, and its size in the unit of the answer's boxes if that is not their own."""
         size, views = height_and_width(to_picture(image)), self.system.processor.views
         if not isinstance(views, NativeViews):
             return size, None
+        if views.box_scale is not None:
+            return size, (views.box_scale, views.box_scale)
         views = views if max_visual_tokens is None else views.within(max_visual_tokens)
         return size, views.size(size)
 

@@ -18,7 +18,9 @@ _PLAIN = ("default", "mrope")
 _WHOLE = {"partial_rotary_factor": (None, 1.0)}
 
 
-def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[int, ...] = ()) -> Rope:
+def released_rope(
+    settings: Config, where: str, head_dim: int, sections: tuple[int, ...] = (), *, interleaved: bool = False
+) -> Rope:
     """The rotary settings of a text config.
 
     Args:
@@ -26,6 +28,7 @@ def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[i
       where: name of the section for errors.
       head_dim: rotated coordinates of a head.
       sections: default M-RoPE sections.
+      interleaved: whether axes of M-RoPE take turns.
 
     Raises:
       PretrainedError: an unsupported scaling, scalings per kind of layer, partially rotated heads, missing keys,
@@ -39,6 +42,7 @@ def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[i
         rope = Rope(
             theta=float(found.get("rope_theta", settings["rope_theta"])),
             sections=tuple(found.get("mrope_section", sections)),
+            interleaved=interleaved,
             **({} if kind in _PLAIN else {"scaling": kind, **_SCALED[kind](found, settings)}),
         )
         rope.check(head_dim)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,14 +24,6 @@ Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
 Video = Sequence[Picture] | str | os.PathLike | bytes
 Conversation = Sequence[Message]
 Given = TypeVar("Given")
-
-
-class VideoSize(NamedTuple):
-    """Size of a video for `measure`: number of sampled frames, and their height and width in pixels."""
-
-    num_frames: int
-    height: int
-    width: int
 
 
 ERRORS = (

@@ -7,6 +7,7 @@ r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of
 | InternVL | `<ref>name</ref><box>[[x1, y1, x2, y2], …]</box>` | thousandths |
 | DeepSeek-VL2 | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
 | Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of the model's input |
+| Qwen3-VL | the same JSON | thousandths |
 | Qwen2.5-VL, documents | HTML whose elements have a `data-bbox="x1 y1 x2 y2"` | the same |
 """
 
@@ -69,7 +70,8 @@ def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[N
     Args:
       text: the answer.
       size: (height, width) of the image, in pixels.
-      seen_size: (height, width) of the model's input, to which pixels of an answer refer; `size` when None.
+      seen_size: (height, width) of the image in the unit of an answer without tags, as of the model's input in pixels;
+        `size` when None.
     """
     tagged = [NamedBox(_scaled(box, size, (unit, unit)), name) for box, unit, name in _tagged_boxes(text)]
     return tagged or [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]

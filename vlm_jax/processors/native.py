@@ -1,4 +1,4 @@
-"""Images and videos at native resolution, as packed patches: Qwen2-VL, Qwen2.5-VL, Ovis 2.5."""
+"""Images and videos at native resolution, as packed patches: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Ovis 2.5."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from PIL import Image
 from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_shift
 from vlm_jax.processors.patches import num_places, pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.smart_resize import check_aspect
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, too_few
 from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
@@ -43,6 +44,61 @@ class VideoLimits:
 
 
 @dataclasses.dataclass(frozen=True)
+class VolumeLimits:
+    """Limits of the pixels of all frames of a video together.
+
+    Attributes:
+      min_pixels, max_pixels: of a video.
+      max_tokens: of a frame, which also gets at most an even share of `max_pixels`, or `min_pixels` with a margin of
+        5%; None for no limit.
+
+    Source: transformers, models/qwen3_vl/video_processing_qwen3_vl.py, resize, and models/glm4v, smart_resize.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    max_tokens: int | None = None
+
+    def size(self, size: Size, num_frames: int, depth: int, unit: int) -> Size:
+        """(height, width) of resized frames.
+
+        Args:
+          size: (height, width) of a frame, in pixels.
+          num_frames: of the video.
+          depth: frames of a temporal patch.
+          unit: side of a block, in pixels.
+
+        Raises:
+          CorruptImage: one side is more than 200 times the other.
+        """
+        most, num_frames = self.max_pixels, max(num_frames, depth)  # a single frame is repeated
+        if self.max_tokens is not None:
+            share = min(self.max_tokens * unit**2, self.max_pixels // num_frames)
+            most = max(share, int(self.min_pixels * 1.05)) * num_frames
+        height, width = size
+        if min(size) < unit:
+            scale = max(unit / height, unit / width)
+            height, width = int(height * scale), int(width * scale)
+        check_aspect((height, width))
+        rows, cols = round(height / unit), round(width / unit)
+        volume = round(num_frames / depth) * depth * rows * cols * unit**2
+        if volume > most:
+            shrink = math.sqrt(num_frames * height * width / most)
+            rows, cols = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+        elif volume < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (num_frames * height * width))
+            rows, cols = (math.ceil(side * grow / unit) for side in (height, width))
+        return rows * unit, cols * unit
+
+    def of_frames(self, unit: int) -> VideoLimits:
+        """The limits of a video whose item has settings of its own, for blocks of `unit` pixels.
+
+        Source: qwen-vl-utils, vision_process.py, VIDEO_MIN_TOKEN_NUM, VIDEO_MAX_TOKEN_NUM and MODEL_SEQ_LEN.
+        """
+        return VideoLimits(128 * unit**2, 768 * unit**2, 115_200)
+
+
+@dataclasses.dataclass(frozen=True)
 class NativeViews:
     """Every image with its own grid.
 
@@ -52,8 +108,10 @@ class NativeViews:
       size_rule: computes the size of a resized image.
       min_pixels, max_pixels: of an image.
       block_tokens: visual tokens of a block.
-      video_limits: limits of a video's frames; those of images when None.
+      video_limits: limits of a video's frames, each or all together; those of images when None.
+      video_parts: whether each temporal patch of a video has a position of its own in the text.
       video_pixels: resizing and normalisation of a video's frames; `pixels` when None.
+      box_scale: side of an image in the unit of an answer's JSON boxes; None for pixels of the model's input.
       image_edges, video_edges: the learned rows before and after an image and a video; None for none.
       rotary_3d: whether tokens have positions of time, row and column.
       tokens_per_second: temporal positions per second of video; None for one per temporal patch.
@@ -67,8 +125,10 @@ class NativeViews:
     min_pixels: int
     max_pixels: int
     block_tokens: int = 1
-    video_limits: VideoLimits | None = None
+    video_limits: VideoLimits | VolumeLimits | None = None
+    video_parts: bool = False
     video_pixels: Pixels | None = None
+    box_scale: int | None = None
     image_edges: tuple[int, int] | None = None
     video_edges: tuple[int, int] | None = None
     rotary_3d: bool = False
@@ -80,6 +140,11 @@ class NativeViews:
     def channels(self) -> int:
         """As in `Views`."""
         return self.pixels.channels
+
+    @property
+    def frames_per_part(self) -> int:
+        """As in `Views`."""
+        return self.format.temporal_patch_size
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares every image independently."""
@@ -110,6 +175,8 @@ class NativeViews:
         unit = self.format.block_size**2
         least, most = _item_limits(size, self.min_pixels, self.max_pixels, unit)
         limits = self.video_limits
+        if isinstance(limits, VolumeLimits):
+            limits = limits.of_frames(self.format.block_size)
         if limits is not None:
             bounds = _item_limits(size, limits.min_pixels, limits.max_pixels, unit)
             tokens = limits.max_tokens if size.total_pixels is None else max(1, size.total_pixels // unit)
@@ -132,37 +199,46 @@ class NativeViews:
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video as one entry; its frames get the size of the first, or a smaller one to meet `max_tokens`."""
+        """A video, whole or in parts; its frames get the size of the first, or a smaller one to meet `max_tokens`."""
         size = self._video_size(len(frames), height_and_width(frames[0]), max_tokens)
         interval = 1.0
         if self.tokens_per_second is not None and fps is not None:
             interval = self.tokens_per_second * self.format.temporal_patch_size / fps
-        pixels = self.video_pixels or self.pixels
-        return [self._prepared(frames, pixels, size, self.video_edges, interval)]
+        pixels, depth = self.video_pixels or self.pixels, self.format.temporal_patch_size
+        parts = [frames]
+        if self.video_parts:
+            parts = [frames[start : start + depth] for start in range(0, len(frames), depth)]
+        return [self._prepared(part, pixels, size, self.video_edges, interval) for part in parts]
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """The layout of its single entry."""
-        size = self._video_size(num_frames, size, max_tokens)
-        return [self._layout(self.format.num_slots(num_frames), size, self.video_edges)]
+        """The layout of its single entry, or of each part."""
+        size, num_slots = self._video_size(num_frames, size, max_tokens), self.format.num_slots(num_frames)
+        parts = [1] * num_slots if self.video_parts else [num_slots]
+        return [self._layout(count, size, self.video_edges) for count in parts]
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
         """Sequence length of the packed patches of all frames."""
-        return self._load(self.format.num_slots(num_frames), self._video_size(num_frames, size, max_tokens))
+        size, num_slots = self._video_size(num_frames, size, max_tokens), self.format.num_slots(num_frames)
+        return num_slots * self._load(1, size) if self.video_parts else self._load(num_slots, size)
 
     def _video_size(self, num_frames: int, size: Size, max_tokens: int | None) -> Size:
         num_slots, unit = self.format.num_slots(num_frames), self.format.block_size
         least, most = self.min_pixels, self.max_pixels
-        if self.video_limits is not None:
+        found = None
+        if isinstance(self.video_limits, VolumeLimits):
+            found = self.video_limits.size(size, num_frames, self.format.temporal_patch_size, unit)
+            most = math.prod(found)
+        elif self.video_limits is not None:
             least, most = self.video_limits.min_pixels, self.video_limits.pixels(num_slots, unit**2)
         if max_tokens is not None:
-            edges = 0 if self.video_edges is None else len(self.video_edges)
+            edges = 0 if self.video_edges is None else len(self.video_edges) * (num_slots if self.video_parts else 1)
             share = (max_tokens - edges) // (num_slots * self.block_tokens) * unit**2
             if share < unit**2:
                 least_tokens = num_slots * self.block_tokens + edges
                 raise too_few(max_tokens, least_tokens, f"a video of {num_frames} frames")
             if share < most:  # enlarged sides are rounded up, and could exceed a limit slightly above
-                least, most = min(least, share // 4), share
-        return self._size(size, least, most)
+                least, most, found = min(least, share // 4), share, None
+        return found or self._size(size, least, most)
 
     def size(self, size: Size) -> Size:
         """(height, width) of the resized image.

@@ -47,7 +47,7 @@ class PlainPrompt:
     def __call__(
         self,
         messages: Sequence[Message],
-        places: Sequence[int],
+        places: Sequence[Sequence[float]],
         *,
         add_generation_prompt: bool = True,
         targets: Targets = False,
@@ -88,7 +88,7 @@ class PlainPrompt:
                     branch = turn if asked and independent else 0
                     pieces.append(Text(self._ids(item["text"]), branch=branch))
                 else:
-                    count = next(remaining, 1) if item["type"] == "video" else 1
+                    count = len(next(remaining, (0.0,))) if item["type"] == "video" else 1
                     kind: Kind = "video" if item["type"] == "video" else "image"
                     pieces += [Slot(kind, image)] * count
         return pieces + ([Text(self._ids(continuation), 1.0)] if continuation else [])

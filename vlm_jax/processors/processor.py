@@ -17,7 +17,6 @@ from vlm_jax.processors.conversation import (
     Conversation,
     Picture,
     Video,
-    VideoSize,
     check_given,
     error_context,
     given_media,
@@ -26,13 +25,22 @@ from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import FrameSampler, FrameSettings, RateSampler, check_rate, read_video
+from vlm_jax.processors.video import (
+    Clip,
+    FrameSampler,
+    FrameSettings,
+    RateSampler,
+    check_rate,
+    read_video,
+    times_of_parts,
+)
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
-from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape
+from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape, VideoSize
 
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
@@ -67,12 +75,14 @@ class Place(NamedTuple):
       load: tiles or patches that it takes in a row's images.
       prepared: its pixels; None where only sizes are known.
       tokens: with a reducer, the tokens before it.
+      time: of a part of a video, in seconds.
     """
 
     layout: Layout
     load: int
     prepared: PreparedImage | None
     tokens: Tokens | None
+    time: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +307,7 @@ class Processor:
         mode = "L" if self.views.channels == 1 else "RGB"
         options: Fields = {"max_pixels": self.max_pixels, "mode": mode, "allow_network": allow_network}
         pictures = [to_picture(image.source, name=f"{name}, image {i}", **options) for i, image in enumerate(shown)]
-        read: list[tuple[list[Image.Image], float | int]] = []
+        read: list[Clip] = []
         sampler = frame_sampler or self.frame_sampler
         for i, video in enumerate(clips):
             with error_context(f"{name}, video {i}"):
@@ -306,12 +316,14 @@ class Processor:
                     raise CorruptImage(f"{name}, video {i}: expected a file or a sequence of frames, got a {given}")
                 read.append(self._frames(video, fps, sampler, f"{name}, video {i}", options))
         parts: list[list[PreparedImage]] = []
-        for i, ((frames, rate), video) in enumerate(zip(read, clips, strict=True)):
+        for i, (clip, video) in enumerate(zip(read, clips, strict=True)):
             with error_context(f"{name}, video {i}"):
-                parts.append(self.views.sized(video.size).video(frames, rate, max_video_tokens))
+                parts.append(self.views.sized(video.size).video(clip.frames, clip.fps, max_video_tokens))
         limits = max_visual_tokens, max_video_tokens
         sizes = [(picture.height, picture.width) for picture in pictures]
-        clip_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in read]
+        clip_sizes = [
+            VideoSize(len(clip.frames), clip.frames[0].height, clip.frames[0].width, clip.times) for clip in read
+        ]
         with error_context(name):
             places = (
                 self._image_places(sizes, limits[0], [image.size for image in shown], pictures),
@@ -338,6 +350,7 @@ class Processor:
         targets: Targets = False,
         turns: Turns = "all",
         name: str = "conversation 0",
+        fps: float | int = FRAME_RATE,
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
         add_generation_prompt: bool | None = None,
@@ -348,13 +361,17 @@ class Processor:
         Args:
           messages: of the conversation.
           sizes: (height, width) of every image, in pixels.
-          videos: size of every video.
+          videos: size of every video; of frames without times, these follow from the rate.
           **variables: as in `example`; the other arguments likewise.
         """
         with error_context(name):
             messages, items = read_messages(messages)
             shown = given_media(items, "image", sizes, name)
             clips = given_media(items, "video", videos, name)
+            videos = [
+                size if size.times else size._replace(times=_times(size.num_frames, clip.frames.fps or fps))
+                for size, clip in zip(videos, clips, strict=True)
+            ]
             places = (
                 self._image_places(sizes, max_visual_tokens, [image.size for image in shown]),
                 self._video_places(videos, max_video_tokens, [video.size for video in clips]),
@@ -407,19 +424,29 @@ class Processor:
     ) -> list[list[Place]]:
         """The places of each video of a conversation, over which its load is divided."""
         found = []
-        for number, ((count, height, width), item) in enumerate(zip(videos, own, strict=True)):
+        reduction = self.reduction
+        for number, ((count, height, width, times), item) in enumerate(zip(videos, own, strict=True)):
             views = self.views.sized(item)
-            full = views if self.reduction is None else self.reduction.before.sized(item)
+            full = views if reduction is None else reduction.before.sized(item)
             layouts = views.video_layouts(count, (height, width), most)
+            if reduction is not None and reduction.compares_frames and not (reduction.is_packed and len(layouts) == 1):
+                raise PictureMismatch(
+                    "the reducer compares the frames of a video, but this system encodes each frame as an image of its "
+                    "own; pass images, or choose a reducer that is not for videos"
+                )
             load = views.video_load(count, (height, width), most) // len(layouts)
             made = [None] * len(layouts) if prepared is None else prepared[number]
             before = full.video_layouts(count, (height, width), most)
-            parts = zip(layouts, before, made, strict=True)
-            found.append([self._place(layout, first, load, part) for layout, first, part in parts])
+            at = times_of_parts(times, views.frames_per_part)[: len(layouts)]  # a bound may leave fewer parts
+            frames = views.format.num_slots(count) if isinstance(views, NativeViews) else 1
+            each = frames // len(layouts)
+            parts = zip(layouts, before, made, at, strict=True)
+            places = [(self._place(layout, first, load, part, each), time) for layout, first, part, time in parts]
+            found.append([place._replace(time=time) for place, time in places])
         return found
 
-    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None) -> Place:
-        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared)
+    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None, frames: int = 1) -> Place:
+        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared, frames)
         return Place(layout, load, prepared, tokens)
 
     def _example(
@@ -445,7 +472,7 @@ class Processor:
             prompt = not targets if add_generation_prompt is None else add_generation_prompt
             pieces = self.prompt(
                 messages,
-                [len(parts) for parts in videos],
+                [[part.time for part in parts] for parts in videos],
                 add_generation_prompt=prompt,
                 targets=targets,
                 turns=turns,
@@ -468,6 +495,9 @@ class Processor:
             )
         load = sum(place.load for place in order)
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
+        if self.reduction is not None and self.reduction.question is not None:
+            asked = self.reduction.question(messages, self.placeholders, f"{name}, question")
+            tokens = tuple(dataclasses.replace(one, question=asked) for one in tokens)
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
         taken = Load(length, load, kept, len(order))
@@ -488,20 +518,21 @@ class Processor:
 
     def _frames(
         self, video: MediaItem, fps: float | int, frame_sampler: FrameSampler, name: str, options: Fields
-    ) -> tuple[list[Image.Image], float | int]:
+    ) -> Clip:
         source, settings = video.source, video.frames
         if isinstance(source, str | os.PathLike | bytes):
             reading = {key: value for key, value in options.items() if key != "mode"}
-            frames, rate = read_video(source, frame_sampler.following(settings), name=name, **reading)
+            clip = read_video(source, frame_sampler.following(settings), name=name, **reading)
             mode = options["mode"]
-            return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
+            return clip._replace(frames=[one if one.mode == mode else one.convert(mode) for one in clip.frames])
         check_list(source, name)
         if settings not in (FrameSettings(), FrameSettings(fps=settings.fps)):
             raise PictureMismatch(f"{name}: a video that is given as frames takes only fps; remove its other settings")
         frames = [to_picture(frame, name=f"{name}, frame {i}", **options) for i, frame in enumerate(source)]
         if not frames:
             raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
-        return frames, fps if settings.fps is None else settings.fps
+        rate = fps if settings.fps is None else settings.fps
+        return Clip(frames, rate, _times(len(frames), rate))
 
     def _check_ids(self, pieces: Sequence[Text | Slot], name: str) -> None:
         """Raises a `TokenizerError` for a token of a text that the model's table has no row for."""
@@ -559,6 +590,11 @@ class Processor:
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
+
+
+def _times(count: int, fps: float | int) -> tuple[float, ...]:
+    """The times of `count` frames in seconds."""
+    return tuple(number / fps for number in range(count))
 
 
 def check_continuations(given: object, size: int) -> None:

@@ -62,7 +62,7 @@ class Prompt(Protocol):
     def __call__(
         self,
         messages: Sequence[Message],
-        places: Sequence[int],
+        places: Sequence[Sequence[float]],
         *,
         add_generation_prompt: bool,
         targets: Targets,
@@ -75,7 +75,7 @@ class Prompt(Protocol):
         Args:
           messages: from `items.read_messages`: `{"role": "user", "content": "…"}`, or with content such as
             `[{"type": "image"}, {"type": "text", "text": "…"}]`.
-          places: number of slots of each of the conversation's videos.
+          places: of each of the conversation's videos, the time of each of its slots, in seconds.
           add_generation_prompt: ends with the start of the answer.
           targets: as in the release's training: assistants' answers and their end tokens are learned. With
             "as_released" the release's faults are kept; see `as_released`.
@@ -95,7 +95,8 @@ class TemplatePrompt:
       tokenizer: encodes it.
       marks: kind -> what the template writes for an image or a video.
       texts: kind -> the text to encode for it: the placeholder token, and tags around it. `{number}` is the
-        number of a video's slot, from 1; slots of one video are on separate lines.
+        number of a video's slot, from 1, and `{seconds}` its time, with one decimal place.
+      between: text between the slots of one video.
       tokens: kind -> the placeholder token.
       split: encodes the text between the marks separately; then a mark has no text and no tags, and
         `tokens` has the placeholder.
@@ -113,6 +114,7 @@ class TemplatePrompt:
     marks: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     tokens: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     texts: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
+    between: str = "\n"
     split: bool = False
     joined: str | None = None
     begins: bool = True
@@ -131,7 +133,7 @@ class TemplatePrompt:
     def __call__(
         self,
         messages: Sequence[Message],
-        places: Sequence[int],
+        places: Sequence[Sequence[float]],
         *,
         add_generation_prompt: bool = True,
         targets: Targets = False,
@@ -168,12 +170,12 @@ class TemplatePrompt:
         pieces = self._pieces(text, spans, places)
         return self._with_tokens(pieces) if targets and turns == "all" and self.learned.tokens else pieces
 
-    def _pieces(self, text: str, spans: Sequence[Span], places: Sequence[int]) -> list[Text | Slot]:
+    def _pieces(self, text: str, spans: Sequence[Span], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
         stretches = self._stretches(text, spans)
         return self._in_pieces(stretches, places) if self.split else self._as_whole(stretches, places)
 
     def _as_released(
-        self, template: ChatTemplate, messages: Sequence[Message], places: Sequence[int], variables: Config
+        self, template: ChatTemplate, messages: Sequence[Message], places: Sequence[Sequence[float]], variables: Config
     ) -> list[Text | Slot]:
         """The pieces with what the release's code learns."""
         assert self.released is not None
@@ -256,7 +258,7 @@ class TemplatePrompt:
             start = stop
         return found
 
-    def _as_whole(self, stretches: Sequence[Stretch], places: Sequence[int]) -> list[Text | Slot]:
+    def _as_whole(self, stretches: Sequence[Stretch], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
         remaining, written = iter(places), ""
         kinds: list[Kind] = []
         spans: list[Span] = []
@@ -264,10 +266,13 @@ class TemplatePrompt:
             spans += [Span(len(written) + start, len(written) + stop, weight) for start, stop, weight in own]
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
-                count = next(remaining, 1) if kind == "video" else 1
-                kinds.extend(itertools.repeat(kind, count))
+                times = next(remaining, (0.0,)) if kind == "video" else (0.0,)
+                kinds.extend(itertools.repeat(kind, len(times)))
                 form = self.texts.get(kind, self.tokens[kind])
-                stretch = "\n".join(form.replace("{number}", str(place)) for place in range(1, count + 1))
+                stretch = self.between.join(
+                    form.replace("{number}", str(number)).replace("{seconds}", f"{seconds:.1f}")
+                    for number, seconds in enumerate(times, 1)
+                )
             written += stretch
         holders = {self.tokenizer.id_of(token) for token in self.tokens.values()}
         pieces: list[Text | Slot] = []
@@ -281,7 +286,7 @@ class TemplatePrompt:
                 start = place + 1
         return [*pieces, *texts(ids[start:], learned[start:])]
 
-    def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[int]) -> list[Text | Slot]:
+    def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
         """Every piece with the tokenizer's start and end tokens; only the first keeps its BOS.
 
         Source: LLaVA, mm_utils.py, tokenizer_image_token.
@@ -292,7 +297,7 @@ class TemplatePrompt:
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
                 slot = Slot(kind, self.tokenizer.id_of(self.tokens[kind]))
-                pieces += [slot] * (next(remaining, 1) if kind == "video" else 1)
+                pieces += [slot] * (len(next(remaining, (0.0,))) if kind == "video" else 1)
             else:
                 ids, learned = self._encoded(stretch, spans)
                 skipped = int(number > 0 and bool(ids) and ids[0] == self.tokenizer.bos_id)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.question import QuestionTexts
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, Views
 from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, RowShape, VisualPlaces
 
@@ -20,12 +21,16 @@ class Tokens:
       placed: number of tokens of each after a reducer before the decoder.
       positions: position of each in the sequence, from 0; on three axes where text has three.
       extent: offset of the positions after the image.
+      frames: frames of a packed video, 1 for an image.
+      question: segments of the question by which they are chosen, where the reducer chooses by it, else None.
     """
 
     groups: tuple[int, ...]
     placed: tuple[int, ...]
     positions: Int[np.ndarray, "n"] | Int[np.ndarray, "n 3"]
     extent: int
+    frames: int = 1
+    question: Int[np.ndarray, "S T"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Reduction:
       drops: for each drop inside the decoder, number of tokens that entered it -> number after the drop.
       keeps_positions: whether kept tokens keep their positions; else they are renumbered.
       is_packed: whether images are packed in one sequence, so that the reducer needs their positions.
+      compares_frames: whether it compares the frames of a video, which must then be packed.
+      question: converts the question for a reducer that chooses by it, else None.
     """
 
     before: Views
@@ -46,12 +53,16 @@ class Reduction:
     drops: tuple[Callable[[int], int], ...] = ()
     keeps_positions: bool = False
     is_packed: bool = False
+    compares_frames: bool = False
+    question: QuestionTexts | None = None
 
     def left(self, count: int) -> int:
         """Number of tokens out of `count` that enter the decoder."""
         return count if self.num_left is None else self.num_left(count)
 
-    def tokens(self, load: int, layout: Layout, full: Layout, prepared: PreparedImage | None) -> Tokens:
+    def tokens(
+        self, load: int, layout: Layout, full: Layout, prepared: PreparedImage | None, frames: int = 1
+    ) -> Tokens:
         """The tokens of one place.
 
         Args:
@@ -59,6 +70,7 @@ class Reduction:
           layout: layout of the place after the reducer.
           full: layout of the same place without the reducer.
           prepared: for positions on three axes; else None.
+          frames: frames of a packed video.
         """
         own = full[full >= 0]
         groups = (self.before.tile_tokens,) * load if isinstance(self.before, Tiles) else (len(own),)
@@ -71,7 +83,7 @@ class Reduction:
             at = np.full(sum(groups), -1)
             at[own] = np.flatnonzero(full >= 0)
             positions, extent = np.maximum(np.maximum.accumulate(at), 0), len(full)
-        return Tokens(groups, tuple(placed.tolist()), positions, extent)
+        return Tokens(groups, tuple(placed.tolist()), positions, extent, frames)
 
     def positions(self, tokens: Tokens, layout: Layout) -> np.ndarray:
         """Positions of an image whose tokens keep their positions: an upper bound for tokens, which the model replaces.
@@ -114,8 +126,13 @@ class Reduction:
         num_images = max(map(len, groups)) if static is None else static
         if self.is_packed and batch.images is not None:
             longest = None if static is None else self.num_before(shape.images)  # type: ignore[union-attr]
-            images = dataclasses.replace(batch.images, images=_packed(groups, num_images, longest))  # type: ignore
-            batch = dataclasses.replace(batch, images=images)
+            frames = [[tokens.frames for tokens in row] for row in rows]
+            packed = _packed(groups, frames, num_images, longest)
+            batch = dataclasses.replace(batch, images=dataclasses.replace(batch.images, images=packed))  # type: ignore
+        if self.question is not None and batch.images is not None:
+            asked = [[one.question for one in row for _ in one.groups if one.question is not None] for row in rows]
+            question = self.question.batched(asked, batch.images.shape[1])  # type: ignore[union-attr]
+            batch = dataclasses.replace(batch, question=question)
         if self.drops and (num_images or batch.images is not None):  # rows of text may have room for images
             left = [[self.left(count) for count in of_row] for of_row in groups]
             places = visual_places(batch, left, max(num_images, 1), self._most_left(left, shape), num_learned)
@@ -178,9 +195,14 @@ def ranking(batch: Batch) -> np.ndarray:
     return learned & ~np.pad(learned[:, :-1], ((0, 0), (1, 0)))
 
 
-def _packed(groups: Sequence[Sequence[int]], num_images: int, longest: int | None) -> PackedImages:
-    counts = np.zeros((len(groups), max(num_images, 1)), np.int32)
-    for row, own in zip(counts, groups, strict=True):
-        row[: len(own)] = own
+def _packed(
+    groups: Sequence[Sequence[int]], frames: Sequence[Sequence[int]], num_images: int, longest: int | None
+) -> PackedImages:
+    shape = (len(groups), max(num_images, 1))
+    counts, numbers = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+    for table, given in ((counts, groups), (numbers, frames)):
+        for row, own in zip(table, given, strict=True):
+            row[: len(own)] = own
     starts = np.cumsum(counts, axis=1) - counts
-    return PackedImages(starts.astype(np.int32), counts, longest=longest or int(counts.max(initial=1)) or 1)
+    longest = longest or int(counts.max(initial=1)) or 1
+    return PackedImages(starts.astype(np.int32), counts, longest=longest, frames=numbers)

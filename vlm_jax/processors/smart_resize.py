@@ -8,6 +8,13 @@ from vlm_jax.processors.tiling import Size
 MAX_ASPECT = 200
 
 
+def check_aspect(size: Size) -> None:
+    """Raises a `CorruptImage` where one side is more than 200 times the other."""
+    height, width = size
+    if max(size) / min(size) > MAX_ASPECT:
+        raise CorruptImage(f"an image of {height}x{width} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
 def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """Multiples of `factor` close to the image's size, with approximately its aspect ratio.
 
@@ -22,8 +29,7 @@ def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
     Source: Wang et al. 2024 (Qwen2-VL); transformers, smart_resize.
     """
     height, width = size
-    if max(size) / min(size) > MAX_ASPECT:
-        raise CorruptImage(f"an image of {height}x{width} pixels: one side is more than {MAX_ASPECT} times the other")
+    check_aspect(size)
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

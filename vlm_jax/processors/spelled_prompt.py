@@ -48,7 +48,7 @@ class DeepSeekVL2Prompt:
     def __call__(
         self,
         messages: Sequence[Message],
-        places: Sequence[int],
+        places: Sequence[Sequence[float]],
         *,
         add_generation_prompt: bool = True,
         targets: Targets = False,
@@ -121,7 +121,7 @@ class QwenVLPrompt:
     def __call__(
         self,
         messages: Sequence[Message],
-        places: Sequence[int],
+        places: Sequence[Sequence[float]],
         *,
         add_generation_prompt: bool = True,
         targets: Targets = False,
@@ -198,7 +198,7 @@ def _path(item: Message) -> str:
     return item["image"] if isinstance(item.get("image"), str) else ""
 
 
-def _refuse(messages: Sequence[Message], places: Sequence[int], variables: Params) -> None:
+def _refuse(messages: Sequence[Message], places: Sequence[Sequence[float]], variables: Params) -> None:
     check_kinds(messages, ("image",))
     check_message_keys(messages)
     if places or variables:

@@ -7,8 +7,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from PIL import Image
 from vlm_jax.paths import regular
 from vlm_jax.processors.image import CorruptImage, resolved
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.types import Fields
+from vlm_jax.types import Fields, VideoSize
 
 _log = logging.getLogger(__name__)
 
@@ -232,6 +232,30 @@ def _tell_every_frame() -> None:
     )
 
 
+class Clip(NamedTuple):
+    """The sampled frames of a video.
+
+    Attributes:
+      frames: in order.
+      fps: their number per second.
+      times: of each frame, in seconds from the start.
+    """
+
+    frames: list[Image.Image]
+    fps: float | int
+    times: tuple[float, ...]
+
+
+def times_of_parts(times: Sequence[float], frames_per_part: int) -> list[float]:
+    """The time of each part of a video in seconds: the mean of its first and last frame; the last part may be shorter.
+
+    Source: transformers, models/qwen3_vl/processing_qwen3_vl.py, _calculate_timestamps.
+    """
+    last = len(times) - 1
+    starts = range(0, len(times), frames_per_part)
+    return [(times[start] + times[min(start + frames_per_part - 1, last)]) / 2 for start in starts]
+
+
 def read_video(
     source: str | os.PathLike | bytes,
     sampling: FrameSampler,
@@ -239,7 +263,7 @@ def read_video(
     max_pixels: int = 100_000_000,
     name: str = "video",
     allow_network: bool = False,
-) -> tuple[list[Image.Image], float]:
+) -> Clip:
     """Decodes a video file with PyAV, upright; frames that are not selected are decoded and discarded.
 
     Args:
@@ -250,7 +274,7 @@ def read_video(
       allow_network: whether a web address is downloaded.
 
     Returns:
-      The frames in RGB, and their number per second.
+      The frames in RGB, their number per second, and the time of each.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -270,7 +294,8 @@ def read_video(
         raise CorruptImage(
             f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is truncated"
         )
-    return [frames[number] for number in chosen.tolist()], len(chosen) / total * fps
+    times = tuple((chosen / fps).tolist())
+    return Clip([frames[number] for number in chosen.tolist()], len(chosen) / total * fps, times)
 
 
 def video_size(
@@ -279,8 +304,8 @@ def video_size(
     *,
     max_pixels: int = 100_000_000,
     name: str = "video",
-) -> tuple[int, int, int]:
-    """(number of frames, height, width) that `read_video` would give; of the frames only the first is decoded.
+) -> VideoSize:
+    """The size of what `read_video` would give; of the frames only the first is decoded.
 
     Args and errors as of `read_video`.
     """
@@ -291,7 +316,8 @@ def video_size(
         if frame is None:
             raise CorruptImage(f"{name}: no frame can be decoded")
         height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
-        return len(_chosen(sampling, stream, total, fps, name)), height, width
+        chosen = _chosen(sampling, stream, total, fps, name)
+        return VideoSize(len(chosen), height, width, tuple((chosen / fps).tolist()))
 
 
 @contextlib.contextmanager

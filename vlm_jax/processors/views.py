@@ -120,6 +120,11 @@ class Views(Protocol):
         """Channels of the input images: 1 for mode L, 3 for RGB."""
         ...
 
+    @property
+    def frames_per_part(self) -> int:
+        """Frames of a part of a video that has a position of its own in the text."""
+        ...
+
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares all images of a conversation."""
         ...
@@ -211,6 +216,11 @@ class Tiles(abc.ABC):
     def channels(self) -> int:
         """As in `Views`."""
         return self.tile_shape[2]
+
+    @property
+    def frames_per_part(self) -> int:
+        """1: a frame is an image."""
+        return 1
 
     @property
     @abc.abstractmethod

@@ -15,14 +15,17 @@ from vlm_jax.types import Grid, PackedImages, VisualFeatures, VisualTokens
 
 
 def token_features(tokens: VisualTokens, features: VisualFeatures, token_grid: Grid | None) -> VisualFeatures:
-    """A connector's tokens as input of a reducer, with the mean saliency and the mean keys of their blocks.
+    """A connector's tokens as input of a reducer, with the mean saliency, keys and embeddings of their blocks.
 
     Args:
       tokens: output of the connector.
       features: input of the connector.
-      token_grid: the connector's `token_grid` for the features' grid; None gives neither saliency nor keys.
+      token_grid: the connector's `token_grid` for the features' grid; None gives none of these.
     """
     found = VisualFeatures(tokens.tokens, tokens.mask, token_grid or (1, tokens.mask.shape[1]))
+    if token_grid is not None and features.guidance is not None:
+        image = block_means(dataclasses.replace(features, tokens=features.guidance.image), token_grid)
+        found = dataclasses.replace(found, guidance=dataclasses.replace(features.guidance, image=image))
     if token_grid is None or features.saliency is None or features.keys is None:
         return found
     batch, count, heads, dim = features.keys.shape
@@ -89,6 +92,7 @@ def reduce_packed(
         (1, longest),
         saliency=None if features.saliency is None else of_images(features.saliency),
         keys=None if features.keys is None else of_images(features.keys),
+        frames=None if images.frames is None else jnp.asarray(images.frames).reshape(-1),
     )
     left = reducer(apart, deterministic=deterministic)
     if left.kept is None:
@@ -108,6 +112,23 @@ def reduce_packed(
         return laid_out(x.reshape(batch, num_images * most, *x.shape[2:]), target, total=total)
 
     return VisualTokens(in_row(left.tokens), in_row(left.mask), in_row(kept.reshape(left.kept.shape)))
+
+
+def kept_levels(left: VisualTokens, levels: Float[Array, "B M F"] | None) -> VisualTokens:
+    """The tokens that a reducer left, each with the levels of the token whose position it takes.
+
+    Args:
+      left: with `kept`.
+      levels: of all tokens before the reducer; None where there are none.
+
+    Raises:
+      ValueError: the reducer does not tell which tokens are kept.
+    """
+    if levels is None:
+        return left
+    if left.kept is None:
+        raise ValueError("tokens with levels: expected a reducer that returns the indices of kept tokens (`kept`)")
+    return dataclasses.replace(left, levels=pick(levels, left.kept))
 
 
 @row_by_row

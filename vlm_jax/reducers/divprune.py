@@ -64,8 +64,13 @@ class DivPrune(KeepsFeatures):
 
 def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
     """1 - cosine of every two features; 1 to masked features."""
+    return 1 - cosines(features)
+
+
+def cosines(features: VisualFeatures) -> Float[Array, "B N N"]:
+    """Cosine of every two features, float32; 0 of masked features."""
     units = unit(real(jax.lax.stop_gradient(features.tokens), features.mask))
-    return 1 - jnp.einsum("bnd,bmd->bnm", units, units)
+    return jnp.einsum("bnd,bmd->bnm", units, units)
 
 
 @row_by_row

@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.budget import refuse
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Natural
-from vlm_jax.types import Fields, Grid, VisualFeatures
+from vlm_jax.types import Fields, Grid, Guidance, VisualFeatures
 
 Rule = Literal["exact", "as_released"]
 PositionRule = Literal["keep", "consecutive"]
 Part = Literal["encoder", "decoder"]
+GuidedBy = Literal["clip"]
+WhichQuestion = Literal["first", "last"]
 
 
 @runtime_checkable
@@ -25,6 +27,10 @@ class Reducer(Protocol):
     Attributes:
       kind: its key in `REDUCERS`, for errors.
       reduces_in: the part in whose blocks it reduces, or None.
+      reduces_clips: whether it compares the frames of a video; it then has a field `frames`.
+      guided_by: what it needs to know of the question: `clip` for `VisualFeatures.guidance`, the embeddings by both
+        towers of a CLIP; None where it needs nothing, or finds the text in the decoder's sequence.
+      on_tokens: whether it acts on the connector's tokens even where it could act before the connector.
       rule: `exact` meets the budget exactly and leaves images within it unchanged; `as_released` has the counts,
         the order and the extra tokens of the released code.
       positions: whether kept tokens keep their positions (on all axes), or the row is renumbered.
@@ -32,6 +38,9 @@ class Reducer(Protocol):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None]
+    reduces_clips: ClassVar[bool]
+    guided_by: ClassVar[GuidedBy | None]
+    on_tokens: ClassVar[bool]
 
     @property
     def rule(self) -> Rule: ...
@@ -78,6 +87,9 @@ class PassesFeatures(nn.Module, kw_only=True):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None] = None
+    reduces_clips: ClassVar[bool] = False
+    guided_by: ClassVar[GuidedBy | None] = None
+    on_tokens: ClassVar[bool] = False
 
     rule: Rule = "exact"
     positions: PositionRule = "consecutive"
@@ -178,6 +190,35 @@ class KeepsAttended(KeepsFeatures):
                 f"{self.kind} needs features with saliency and keys: set {self.required_fields()}, as build does"
             )
         return jax.lax.stop_gradient(features.saliency), jax.lax.stop_gradient(features.keys)
+
+
+class GuidedByClip(KeepsFeatures):
+    """Keeps features by the question, as the CLIP whose image tower the system has embeds both.
+
+    Attributes:
+      text_model: folder of that CLIP, or its name on the hub, of which the text tower and the projections are read; the
+        tower that the release's config names when None.
+      question: in a conversation of several questions, whether the `first` one chooses, or the `last` one, so that each
+        question, asked in turn, chooses anew.
+    """
+
+    guided_by: ClassVar[GuidedBy | None] = "clip"
+
+    text_model: str | None = None
+    question: WhichQuestion = "first"
+
+    def guidance(self, features: VisualFeatures) -> Guidance:
+        """The embeddings of the features and of the question.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if features.guidance is None:
+            raise ValueError(
+                f"{self.kind} chooses by the question, but got features without guidance: expected a model with a "
+                "guide and a batch with question, as with_budget makes them of a release"
+            )
+        return features.guidance
 
 
 @row_by_row

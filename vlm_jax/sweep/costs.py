@@ -12,7 +12,7 @@ from vlm_jax.build import Experiment
 from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
 from vlm_jax.evals.vqa import tokens_by_span, tokens_left
-from vlm_jax.models.vlm import flat_images
+from vlm_jax.models.vlm import flat_images, flat_question
 from vlm_jax.system import Params
 from vlm_jax.types import Batch, Sample, Tree
 
@@ -89,7 +89,8 @@ def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
     if batch.images is None:
         return {"encoder": 0, "connector": 0, "prefill": whole}
     flat = jax.eval_shape(flat_images, batch.images)
-    visual = _count(model, "visual_tokens", params, (flat, batch.instruction))
+    question = jax.eval_shape(flat_question, batch)
+    visual = _count(model, "visual_tokens", params, (flat, batch.instruction, question))
     of_model: Any = model
     encoder = _count(of_model.encoder, "__call__", {"params": shapes["encoder"]}, (flat,))
     return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}

@@ -31,7 +31,7 @@ from vlm_jax.sweep.release_points import ReleasePoint, list_release_points
 from vlm_jax.sweep.rows import RESULTS_FILE
 from vlm_jax.system import System
 from vlm_jax.train.workdir import write_whole
-from vlm_jax.types import Fields, Sample
+from vlm_jax.types import Fields, Params, Sample
 
 COMMAND = "vlm_jax.cli.evaluate"
 
@@ -133,6 +133,7 @@ class ReleaseRunner:
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
         self._shapes = nn.meta.unbox(self._system.boxed_shapes())
+        self._borrowed: dict[tuple[str, ...], Params] = {}
         processor = self._system.processor
         self.questions = Questions(
             settings.data,
@@ -160,6 +161,14 @@ class ReleaseRunner:
     def params(self) -> Any:
         """Parameters of the release, for all points; kept in memory."""
         return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
+
+    def params_of(self, system: System) -> Any:
+        """Parameters of a point: the release's, and those that its reducer reads of another checkpoint, also kept."""
+        others = () if system.release is None else system.release.borrowed
+        origins = tuple(other.checkpoint.origin for other in others)
+        if origins not in self._borrowed:
+            self._borrowed[origins] = system.borrowed(self.params) if origins else {}
+        return self.params | self._borrowed[origins]
 
     def folder(self, label: str) -> epath.Path:
         """The folder of a point."""
@@ -212,7 +221,7 @@ class ReleaseRunner:
         processor, size = system.processor, self._settings.batch_size
         filled = samples + [samples[-1]] * (size - len(samples))
         answers = system.answer(
-            self.params,
+            self.params_of(system),
             [sample.messages[:-1] for sample in filled],
             [sample.images for sample in filled],
             [sample.videos for sample in filled],
@@ -243,6 +252,9 @@ class ReleaseRunner:
         """
         sample = first_with_images(self.questions.start_at(0))
         batch = point.system.processor.batch([sample.messages[:-1]], [sample.images], [sample.videos])
+        shapes = self._shapes
+        if point.system.release is not None and point.system.release.borrowed:
+            shapes = nn.meta.unbox(point.system.boxed_shapes())
         timed = seconds[1:]
         return {
             "label": point.label,
@@ -254,8 +266,8 @@ class ReleaseRunner:
             "seconds_per_sample": sum(timed) / len(timed) if timed else None,
             "step_seconds": None,  # nothing is trained
             "peak_bytes": None,
-            "num_params": num_params(self._shapes),
-            "flops": flops(point.system.model, self._shapes, batch),
+            "num_params": num_params(shapes),
+            "flops": flops(point.system.model, shapes, batch),
             "seed": self._settings.seed,
             "command": self._settings.command("workdir", point),
         }

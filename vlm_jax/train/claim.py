@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from vlm_jax.checkpoints.orbax import CHECKPOINTS
-from vlm_jax.config import ConfigError, RunConfig, differences, plain
+from vlm_jax.config import ConfigError, RunConfig, differences, plain, read_json
 from vlm_jax.paths import absolute, is_remote
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.input import ROWS
-from vlm_jax.train.lock import lock
+from vlm_jax.train.lock import lock, unwritable
 from vlm_jax.train.workdir import CONFIG_FILE, INIT_FROM, METRICS_FILE, write_whole
 from vlm_jax.train.writers import TENSORBOARD, WANDB, WANDB_ID
 from vlm_jax.types import Fields, Tree
@@ -72,13 +72,17 @@ class Claim:
 
         Raises:
           WorkdirInUse: another process has it.
+          WorkdirError: it cannot be written.
           ConfigError: as the class.
         """
         if not is_primary():
             yield self
             return
         made, before = _missing_folders(self.workdir), _names(self.workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.workdir, error) from error
         try:
             with lock(self.workdir / LOCK_FILE) as self._confirm:
                 self._check()  # another process may have started here since
@@ -109,12 +113,20 @@ class Claim:
         if not self._path.exists():
             write_whole(self._path, text)
             return
-        theirs = json.loads(self._path.read_text())
+        theirs = self._recorded()
         if changed := differences(theirs, self._ours):
             _log.warning("%s: changed since the last start:\n  %s", self._path, "\n  ".join(changed))
             if said := self._more_steps(theirs):
                 _log.warning("%s", said)
             write_whole(self._path, text)
+
+    def _recorded(self) -> Fields:
+        try:
+            return read_json(self._path, ConfigError)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. The file has to be that of the run's start; put it back, or use another --workdir"
+            ) from error
 
     def _check(self) -> None:
         if not is_primary():
@@ -122,7 +134,7 @@ class Claim:
         if not self._path.exists():
             _check_unused(self.workdir)
             return
-        theirs, ours = json.loads(self._path.read_text()), self._ours
+        theirs, ours = self._recorded(), self._ours
         if theirs.get(INIT_FROM) != ours[INIT_FROM]:
             raise ConfigError(
                 f"{self.workdir}: this run started from {_start(theirs.get(INIT_FROM))}, and --init_from is now "

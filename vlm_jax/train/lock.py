@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from vlm_jax.paths import is_remote
+from vlm_jax.train.workdir import WorkdirError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot lock
 
@@ -31,6 +32,7 @@ def lock(path: epath.Path) -> Iterator[Callable[[], None]]:
 
     Raises:
       WorkdirInUse: another process holds it.
+      WorkdirError: the folder cannot be written.
     """
     if is_remote(path):
         with _newest(path) as confirm:
@@ -53,7 +55,10 @@ def lock(path: epath.Path) -> Iterator[Callable[[], None]]:
 def _locked(path: epath.Path) -> int | None:
     """A handle of the locked file; None where files cannot be locked."""
     while True:
-        handle = os.open(os.fspath(path), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(os.fspath(path), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -85,6 +90,13 @@ def _newest(path: epath.Path) -> Iterator[Callable[[], None]]:
     finally:
         if path.exists() and path.read_text() == mine:
             path.unlink()
+
+
+def unwritable(folder: epath.Path, error: OSError) -> WorkdirError:
+    """The error of a folder that no file can be made in."""
+    return WorkdirError(
+        f"{folder}: cannot be written ({error.strerror}); fix the permissions, or use another --workdir"
+    )
 
 
 def _name() -> str:

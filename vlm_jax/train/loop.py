@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, Resumed, RunCheckpoints, parts_directory
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.loader import batch_at
@@ -63,7 +63,8 @@ class Outcome:
     Attributes:
       params: parameters by part, on the mesh: averages where `optimizer.ema` is on, and merged with the adapters of
         `config.lora`.
-      step_seconds: median seconds of a step of the last stage, its input included; None without a stage.
+      step_seconds: median seconds of a step of the last stage, its input included; None without a stage, or where the
+        log was lost.
       peak_bytes: bytes that one device needs for a step of the last stage; None likewise.
     """
 
@@ -163,7 +164,7 @@ class Trainer:
         """Whether every step has been run and saved."""
         if not (self.workdir / CHECKPOINTS).exists():
             return False
-        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+        checkpoints = self._checkpoints()
         with contextlib.closing(checkpoints):
             return checkpoints.latest() == self.num_steps
 
@@ -175,27 +176,27 @@ class Trainer:
           Diverged: a step is not good (`guard.GuardSettings`); the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
           WorkdirInUse: another process runs in the workdir.
+          WorkdirError: a file of the workdir cannot be read or written.
         """
         with self._claim.held():
-            checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-            step = checkpoints.latest() or 0
-            log = RunLog(self.workdir, self._config, step, self._settings.writers)
-            try:
-                return self._run(step, checkpoints, log)
-            finally:
-                signal.signal(signal.SIGTERM, previous)
-                log.close()
-                self._profiler.close()
-                checkpoints.close()
+            with contextlib.ExitStack() as stack:
+                stack.callback(signal.signal, signal.SIGTERM, previous)
+                checkpoints = stack.enter_context(contextlib.closing(self._checkpoints()))
+                stack.callback(self._profiler.close)
+                resumed = checkpoints.newest(lambda step: self._abstract_state(span_at(self._spans, step)))
+                step = 0 if resumed is None else resumed.step
+                log = RunLog(self.workdir, self._config, step, self._settings.writers)
+                stack.callback(log.close)
+                return self._run(resumed, checkpoints, log)
 
-    def _run(self, step: int, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
+    def _checkpoints(self) -> RunCheckpoints:
+        return RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep, self._settings.keep_every)
+
+    def _run(self, resumed: Resumed | None, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
+        step, position = (0, {}) if resumed is None else (resumed.step, resumed.position)
         span = span_at(self._spans, step)
-        position: Fields = {}
-        if checkpoints.latest() is None:
-            state = self._first_state(span)
-        else:
-            state, position = checkpoints.restore(step, self._abstract_state(span))
+        state = self._first_state(span) if resumed is None else resumed.state
         self._evaluations.start(step)
         self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
@@ -210,7 +211,7 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(self._usable(state), statistics.median(seconds), most_bytes)
+        return Outcome(self._usable(state), statistics.median(seconds) if seconds else None, most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""

@@ -15,6 +15,7 @@ class LoopSettings(GuardSettings):
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: number of newest checkpoints to keep.
+      keep_every: also keeps the checkpoints of steps that are a multiple of it; None for none.
       log_every: steps between writes of `metrics.jsonl`, which has one line per step, and of a line on the terminal.
       input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
         enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
@@ -27,6 +28,7 @@ class LoopSettings(GuardSettings):
 
     save_every: Count = 200
     keep: Count = 2
+    keep_every: Count | None = None
     log_every: Count = 20
     input_workers: Annotated[int, Range(0, 1024)] = 0
     writers: tuple[str, ...] = (TENSORBOARD,)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
@@ -13,6 +14,12 @@ from vlm_jax.types import Fields
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 INIT_FROM = "init_from"  # key of `config.json` for where a run started; None for its own release or random parameters
+
+_log = logging.getLogger(__name__)
+
+
+class WorkdirError(ValueError):
+    """A file of a run's folder that cannot be read or written; the message names it and the fix."""
 
 
 @contextlib.contextmanager
@@ -60,18 +67,40 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.Path, step: int):
         self._path = workdir / METRICS_FILE
-        write_lines(self._path, (line for line in each_line(self._path) if line["step"] <= step))
+        steps = 0
+
+        def kept() -> Iterator[Fields]:
+            nonlocal steps
+            for line in each_line(self._path):
+                if line["step"] <= step:
+                    steps += 1
+                    yield line
+
+        write_lines(self._path, kept())
+        if is_primary() and steps < step:
+            _log.warning("%s: has the lines of %d of %d steps; it was cut short, or changed", self._path, steps, step)
 
     def read(self) -> list[Fields]:
         """All lines so far, including those of earlier runs."""
         return read_lines(self._path)
 
     def append(self, lines: Iterable[Fields]) -> None:
-        """Appends complete lines; for the primary process."""
+        """Appends complete lines; for the primary process.
+
+        Raises:
+          WorkdirError: they cannot be written.
+        """
         if not is_primary():
             return
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise WorkdirError(
+                f"{self._path}: cannot be written ({error.strerror}): the folder was removed, or its disk is full. "
+                "Rerun the same command to resume from the newest checkpoint"
+            ) from error
 
 
 def read_lines(path: epath.Path) -> list[Fields]:
@@ -83,16 +112,23 @@ def each_line(path: epath.Path) -> Iterator[Fields]:
     """The objects of a JSON-lines file, one at a time; a last line that was truncated by a kill is ignored.
 
     Raises:
-      ValueError: a line before the last is not JSON.
+      WorkdirError: a line before the last is not a JSON object.
     """
     if not path.exists():
         return
-    broken: str | None = None
-    with path.open() as file:
+    broken: bytes | None = None
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if broken is not None:
-                raise ValueError(f"{path}:{number - 1}: not a JSON line: {broken[:80]!r}")
+                raise WorkdirError(
+                    f"{path}:{number - 1}: expected a JSON object, got {broken[:80]!r}; remove the line, and rerun "
+                    "the same command"
+                )
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                value = json.loads(line)
+            except ValueError:  # also for bytes that are not text
+                value = None
+            if isinstance(value, dict):
+                yield value
+            else:
                 broken = line

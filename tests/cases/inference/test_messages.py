@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
-from vlm_jax.processors.conversation import VideoSize
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.items import ITEM_TYPES
 from vlm_jax.processors.learned import PromptError
@@ -21,7 +20,7 @@ from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.types import PatchFormat
+from vlm_jax.types import PatchFormat, VideoSize
 
 from ...advice import tried
 from ...processors.letters import MARKS, TEMPLATE, TOKENIZER

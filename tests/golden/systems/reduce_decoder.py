@@ -77,8 +77,31 @@ def run(
 
     `numbers` are those of tokens that are left, where the images had more before an earlier drop.
     """
+    return watched_run(module, params, x, mask, places, (), numbers)[:2]
+
+
+def watched_run(
+    module: Transformer,
+    params: dict,
+    x: np.ndarray,
+    mask: np.ndarray,
+    places: VisualPlaces,
+    names: tuple[str, ...],
+    numbers: list[int] | None = None,
+) -> tuple[np.ndarray, list[Dropped], dict[str, list]]:
+    """As `run`, and what every call of functions of `decoders.dropping` returns, by their names."""
     found: list[Dropped] = []
+    seen: dict[str, list] = {name: [] for name in names}
     drop = dropping.drop
+
+    def watched(name):
+        function = getattr(dropping, name)
+
+        def call(*args):
+            seen[name].append(function(*args))
+            return seen[name][-1]
+
+        return call
 
     def recorded(rows, places, saliency, number, most, length):
         number = number if numbers is None else jnp.asarray(numbers)[:, None]
@@ -92,7 +115,7 @@ def run(
     def traced(params, x, segments):
         positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
         last, _ = module.apply({"params": params}, x, positions, segments, places=places)
-        return last, list(found)
+        return last, list(found), {name: list(calls) for name, calls in seen.items()}
 
-    with mock.patch.object(dropping, "drop", recorded):
+    with mock.patch.multiple(dropping, drop=recorded, **{name: watched(name) for name in names}):
         return jax.tree.map(np.asarray, traced(params, jnp.asarray(x), jnp.asarray(mask, jnp.int32)))

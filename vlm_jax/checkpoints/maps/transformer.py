@@ -1,14 +1,29 @@
 """Language models of the Llama family under the names of transformers, Qwen (v1) and InternLM2."""
 
 from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm
-from vlm_jax.checkpoints.ops import LINEAR, Shared, grouped_linear
+from vlm_jax.checkpoints.ops import IDENTITY, LINEAR, Chain, Shared, Split, Transpose, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _BLOCK, _OURS = "layers.{layer}", "blocks/layers"
 
 
-def trunk_rules(*, qkv_bias: bool, out_bias: bool, mlp_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
-    """Blocks and final norm, after `model.`; the settings are those of `Transformer`."""
+def trunk_rules(
+    *,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool,
+    expert_dim: int | None = None,
+    out_first: bool = False,
+) -> tuple[Rule, ...]:
+    """Blocks and final norm, after `model.`; the settings are those of `Transformer`.
+
+    The experts of a layer are stacked, and the first two layers of each are one tensor.
+
+    Args:
+      qkv_bias, out_bias, mlp_bias, qk_norm, expert_dim: as in `Transformer`.
+      out_first: whether experts are stored as [out, in], like other layers of torch.
+    """
     rules = [
         *rms_norm(f"{_BLOCK}.input_layernorm", f"{_OURS}/attention_norm"),
         *rms_norm(f"{_BLOCK}.post_attention_layernorm", f"{_OURS}/mlp_norm"),
@@ -20,6 +35,16 @@ def trunk_rules(*, qkv_bias: bool, out_bias: bool, mlp_bias: bool, qk_norm: bool
     if qk_norm:
         rules += rms_norm(f"{_BLOCK}.self_attn.q_norm", f"{_OURS}/attention/query_norm")
         rules += rms_norm(f"{_BLOCK}.self_attn.k_norm", f"{_OURS}/attention/key_norm")
+    if expert_dim is not None:
+        theirs, ours = f"{_BLOCK}.mlp", f"{_OURS}/mlp"
+        both = (f"{ours}/experts/gate", f"{ours}/experts/up")
+        turned, halves = Transpose((0, 2, 1)), Split(2, (expert_dim, expert_dim))
+        return (
+            *rules,
+            Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR),
+            Rule(f"{theirs}.experts.gate_up_proj", both, Chain(turned, halves) if out_first else halves),
+            Rule(f"{theirs}.experts.down_proj", f"{ours}/experts/down", turned if out_first else IDENTITY),
+        )
     for name in ("gate", "up", "down"):
         rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{_OURS}/mlp/{name}", bias=mlp_bias)
     return tuple(rules)

@@ -5,8 +5,9 @@ two-tower models and classifiers it also takes the module, and returns a `proces
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 
@@ -16,6 +17,7 @@ from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
+from vlm_jax.plugins import Registry, lacking_of_function
 from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
@@ -40,13 +42,27 @@ from vlm_jax.processors.views import NoViews, Tiles
 from vlm_jax.types import Config
 
 
+@runtime_checkable
+class MakesProcessor(Protocol):
+    """Makes the processor of a system with conversations."""
+
+    def __call__(self, folder: Folder, config: Config, /) -> Processor: ...
+
+
+@runtime_checkable
+class MakesImageTextProcessor(Protocol):
+    """Makes the processor of a two-tower model or a classifier."""
+
+    def __call__(self, folder: Folder, config: Config, model: nn.Module, /) -> ImageTextProcessor: ...
+
+
 def _llava(folder: Folder, config: Config) -> Processor:
     """For the release's own format or that of transformers, which have the same model type."""
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
 # Model type of a released config (`family.marker`) -> function that creates its processor.
-PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
+_CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
@@ -71,15 +87,21 @@ PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "qwen2_5_vl_text": text.processor,
     "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
+    "qwen3_vl": qwen_hf.processor3,
+    "qwen3_vl_moe": qwen_hf.processor3,
+    "qwen3_vl_moe_text": text.processor,
+    "qwen3_vl_text": text.processor,
 }
 # The same for two-tower models and classifiers, which have no conversations.
-IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
+_IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
     "big_vision.vit": image_text.big_vision_vit,
     "clip": image_text.clip,
     "clip_text_model": image_text.clip,
     "clip_vision_model": image_text.clip,
+    "dinov2": image_text.dinov2,
+    "dinov2_with_registers": image_text.dinov2,
     "open_clip": image_text.open_clip,
     "siglip": image_text.siglip,
     "siglip_text_model": image_text.siglip,
@@ -90,6 +112,11 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageText
     "vit": image_text.vit,
     "vit_jax": image_text.vit_jax,
 }
+# Of these, towers whose position table transformers interpolates for images of any size.
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
+# With those that `register_family` of vlm_jax.pretrained adds.
+PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
+IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
 
 
 def read_processor(
@@ -113,7 +140,8 @@ def read_processor(
         made = IMAGE_TEXT_PROCESSORS[name](folder, config, model)
         if image_size is not None and isinstance(made.images, SquareInputs):
             made = dataclasses.replace(made, images=made.images.at((image_size, image_size)))
-        check_image_text(made, model)
+        if name not in ANY_SIZE:
+            check_image_text(made, model)
         return made
     if name not in PROCESSORS:
         registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))

@@ -18,6 +18,7 @@ from vlm_jax.pretrained.family import PretrainedError, check_supported, with_def
 from vlm_jax.pretrained.processing.settings import (
     CLIP_STATISTICS,
     HALF_STATISTICS,
+    IMAGENET_STATISTICS,
     Folder,
     image_settings,
     pad_row,
@@ -59,6 +60,13 @@ _FILTERS = {
 _FITS = {"shortest": "crop_rounded", "squash": "stretch", "longest": "shrink_rounded"}
 HALF = Pixels(tuple(HALF_STATISTICS["image_mean"]), tuple(HALF_STATISTICS["image_std"]))
 _SENTINELS = 100  # the number of pieces in mc4's file beyond the tower's rows
+# The files of facebook/dinov2-*; tables of positions are of 518 pixels, and interpolated.
+DINOV2_DEFAULTS: Fields = {
+    **IMAGENET_STATISTICS,
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+}
 # big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and analogous ones at other sizes.
 _EDGE = 256 / 224
 
@@ -90,6 +98,13 @@ def vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor
     """ViT of transformers, with classes or without."""
     del config
     return ImageTextProcessor(_stretched(folder, module, {**HALF_STATISTICS, "resample": 2}))
+
+
+def dinov2(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
+    """DINOv2 of transformers, whose `BitImageProcessor` resizes the shorter side and crops the centre."""
+    del config, module
+    settings = image_settings(folder, DINOV2_DEFAULTS)
+    return ImageTextProcessor(SquareInputs(square_views(settings, f"{folder}: image processor", edge=True)))
 
 
 def _stretched(folder: Folder, module: nn.Module, defaults: Config) -> SquareInputs:

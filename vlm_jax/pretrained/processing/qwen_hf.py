@@ -1,10 +1,12 @@
-"""Qwen2-VL and Qwen2.5-VL."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import (
+    HALF_STATISTICS,
     Folder,
     image_settings,
     pad_id,
@@ -13,9 +15,10 @@ from vlm_jax.pretrained.processing.settings import (
     video_settings,
 )
 from vlm_jax.processors import as_released
+from vlm_jax.processors.boxes import SCALE
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.learned import Learned
-from vlm_jax.processors.native import NativeViews, VideoLimits
+from vlm_jax.processors.native import NativeViews, VideoLimits, VolumeLimits
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Kind, TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
@@ -29,10 +32,15 @@ IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 # Maximum tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
 VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
+# transformers, models/qwen3_vl/video_processing_qwen3_vl.py.
+QWEN3_VIDEO_PIXELS = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}
+QWEN3_VIDEO_TOKENS = 768
 # transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
 QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
 TOKENS: dict[Kind, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 # QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
+# The template's own tags stay around all parts of a video: processing_qwen3_vl.py, replace_video_token.
+QWEN3_PART = "<{seconds} seconds><|vision_start|><|video_pad|><|vision_end|>"
 LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
 
@@ -66,15 +74,47 @@ def processor(folder: Folder, config: Config) -> Processor:
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True, frame_sampler=sampler)
 
 
-def _sampler(videos: Config) -> FrameSampler:
-    """Selects frames of video files as the folder states, by default as qwen-vl-utils does."""
+def processor3(folder: Folder, config: Config) -> Processor:
+    """The processor of a folder of Qwen3-VL, which writes the time of every temporal patch of a video."""
+    settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    least, most = _limits(settings, IMAGE_PIXELS)
+    capped = videos.get("max_video_tokens", QWEN3_VIDEO_TOKENS) if videos.get("cap_pixels_per_frame") else None
+    views = NativeViews(
+        pixels(settings),
+        PatchFormat(settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"]),
+        qwen_size,
+        least,
+        most,
+        video_limits=VolumeLimits(*_limits(videos, QWEN3_VIDEO_PIXELS), capped),
+        video_parts=True,
+        video_pixels=video_pixels(folder, {**settings, **HALF_STATISTICS}),
+        box_scale=SCALE,
+        rotary_3d=True,
+    )
+    prompt = TemplatePrompt(
+        ChatTemplate.from_folder(folder, tokenizer.names),
+        tokenizer,
+        marks=TOKENS,
+        tokens=TOKENS,
+        texts={"video": QWEN3_PART},
+        between="",
+        learned=LEARNED,
+        released=as_released.Qwen25VL(),
+    )
+    sampler = _sampler(videos, multiple=1, first_of_parts=False)
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True, frame_sampler=sampler)
+
+
+def _sampler(videos: Config, **rounding: Any) -> FrameSampler:
+    """Selects frames of video files as the folder states, by default as qwen-vl-utils does; `rounding` for others."""
     names = {"fps": "fps", "num_frames": "nframes", "min_frames": "min_frames", "max_frames": "max_frames"}
     given: Fields = {name: videos[key] for key, name in names.items() if key in videos}
     if "nframes" in given and "fps" in given:
         raise PretrainedError("video processor: num_frames and fps exclude each other; state one of them")
     stated = videos.get("do_sample_frames")
-    parts = stated is not None
-    sampler = RateSampler(**given, multiple=videos.get("temporal_patch_size", 2), first_of_parts=parts)
+    released = {"multiple": videos.get("temporal_patch_size", 2), "first_of_parts": stated is not None}
+    sampler = RateSampler(**given, **(rounding or released))
     return EveryFrame(sampler) if stated is False else sampler
 
 

@@ -1,0 +1,228 @@
+"""Reducers that choose by the question: the rule against its definition, and a release with the CLIP of its tower."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import linen as nn
+
+import vlm_jax
+from tests.contracts.releases import CLIP, make, write_tokenizer
+from tests.train.conftest import tiny_config
+from vlm_jax.build import build
+from vlm_jax.checkpoints.params import export_params
+from vlm_jax.checkpoints.saving import save_checkpoint
+from vlm_jax.config import ConfigError
+from vlm_jax.models.vlm import flat_images, flat_question
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.guide import clip_guide
+from vlm_jax.reducers import cdpruner
+from vlm_jax.reducers.cdpruner import CDPruner
+from vlm_jax.reducers.trim import TRIM
+from vlm_jax.sweep.release_run import ReleaseRunner
+from vlm_jax.types import Guidance, VisualFeatures
+
+from ..advice import tried
+from . import definitions
+
+COUNT, KEPT, LENGTH = 12, 5, 8
+
+
+def guided(rng, real):
+    """Three images, of which `real` features are real, and questions of one to three segments."""
+    mask = rng.permuted(np.arange(COUNT)[None] < np.asarray(real)[:, None], axis=1)
+    segments = np.arange(3)[None] < np.array([[1], [2], [3]])
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
+
+    return VisualFeatures(
+        draw(COUNT, 7),
+        jnp.asarray(mask),
+        (1, COUNT),
+        guidance=Guidance(draw(COUNT, 6), draw(3, 6), jnp.asarray(segments)),
+    )
+
+
+@pytest.mark.parametrize("real", [(12, 12, 12), (12, 8, 6)], ids=str)
+def test_what_is_left_is_what_the_papers_say(real):
+    found = guided(np.random.default_rng(3), real)
+    out = jax.jit(lambda f: CDPruner(KEPT).apply({}, f, deterministic=True))(found)
+    mean = jax.jit(lambda f: TRIM(KEPT).apply({}, f, deterministic=True))(found)
+    for b in range(3):
+        own = np.flatnonzero(found.mask[b])
+        text = np.float64(found.guidance.text[b])[np.asarray(found.guidance.mask[b])]
+        image = np.float64(found.guidance.image[b])[own]
+        expected = definitions.cdpruner(np.float64(found.tokens[b])[own], image, text, KEPT)
+        np.testing.assert_array_equal(out.kept[b], own[expected])
+        np.testing.assert_array_equal(out.tokens[b], found.tokens[b][own[expected]])
+        merged = definitions.trim(np.float64(found.tokens[b])[own], image, text, KEPT)
+        np.testing.assert_array_equal(mean.kept[b], own[sorted(merged)])
+        np.testing.assert_allclose(mean.tokens[b], [merged[i] for i in sorted(merged)], atol=1e-5)
+    assert out.mask.all() and mean.mask.all()
+
+
+def test_trim_as_released_ranks_by_products_and_ends_with_the_mean():
+    """Of ten features int(10 * 0.25) stay; a long embedding is less like the question than a short opposite one."""
+    image = jnp.asarray([[1.0, 0], [-1, 0], [-9, 9], [0, 1], *[[2, 0]] * 6])[None]
+    guidance = Guidance(image, jnp.asarray([[[3.0, 0.0]]]), jnp.ones((1, 1), bool))
+    tokens = jnp.arange(10.0).reshape(1, 10, 1)
+    features = VisualFeatures(tokens, jnp.ones((1, 10), bool), (1, 10), guidance=guidance)
+    reducer = TRIM(1, ratio=0.25, rule="as_released")
+    left = jax.jit(lambda f: reducer.apply({}, f, deterministic=True))(features)
+    assert reducer.num_left(10) == 3
+    np.testing.assert_allclose(left.tokens[0, :, 0], [1, 2, (45 - 3) / 8])
+
+
+def test_where_the_kept_ones_span_all_the_most_relevant_follow():
+    """Tokens on two axes: after one of each, nothing is left but relevance."""
+    tokens = jnp.tile(jnp.eye(2), (4, 1))[None]
+    cosines = jnp.asarray([0.1, 0.9, 0.3, -0.5, 0.7, -0.2, -0.9, 0.5])
+    image = jnp.stack([cosines, jnp.sqrt(1 - cosines**2)], axis=-1)[None]
+    guidance = Guidance(image, jnp.asarray([[[1.0, 0.0]]]), jnp.ones((1, 1), bool))
+    features = VisualFeatures(tokens, jnp.ones((1, 8), bool), (1, 8), guidance=guidance)
+    left = jax.jit(lambda f: CDPruner(4).apply({}, f, deterministic=True))(features)
+    # Relevance falls with the cosine: 6 and 3 are the best of their axes, 5 and 0 the best of the others.
+    np.testing.assert_array_equal(left.kept, [[0, 3, 5, 6]])
+
+
+def test_as_released_a_kernel_of_too_low_a_rank_leaves_fewer(monkeypatch):
+    """Of rank 1: the second choice divides 0 by 0, and NaN is the largest, so that the first one is chosen again."""
+    relevance = np.array([2.0, 1, 1, 1])
+    monkeypatch.setattr(cdpruner, "conditional_kernel", lambda *_: jnp.asarray(np.outer(relevance, relevance))[None])
+    found = guided(np.random.default_rng(0), (COUNT,) * 3)
+    found = jax.tree.map(lambda leaf: leaf[:1, :4] if leaf.shape[1] == COUNT else leaf[:1], found)
+    found = dataclasses.replace(found, grid=(1, 4))
+    left = CDPruner(3, rule="as_released").apply({}, found, deterministic=True)
+    np.testing.assert_array_equal(left.mask, [[True, True, False]])
+    np.testing.assert_array_equal(left.kept[0, :2], [0, 1])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A LLaVA, and a CLIP whose image tower has the shape of LLaVA's."""
+    release, whole = tmp_path_factory.mktemp("llava"), tmp_path_factory.mktemp("clip")
+    model = make("llava", release)
+    text = {key: CLIP[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    text |= {"num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": LENGTH, "eos_token_id": 257}
+    vision = {key: value for key, value in CLIP.items() if key != "model_type"}
+    write_clip(whole, {"model_type": "clip", "vision_config": vision, "text_config": text, "projection_dim": 6})
+    return model, release, whole
+
+
+def write_clip(folder: Path, config: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    description = FAMILIES["clip"](config, {}, dtype=jnp.float32, param_dtype=jnp.float32)
+    rng = np.random.default_rng(7)
+    shapes = nn.meta.unbox(description.boxed_shapes())
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    save_checkpoint(folder, export_params(description.rules, params))
+    write_tokenizer(folder, ())
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [("<s>", 256), ("</s>", 257)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def asked(*questions):
+    """A conversation of several questions about one picture, the last of them without an answer."""
+    messages = []
+    for number, question in enumerate(questions):
+        image = [{"type": "image"}] * (not number)
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        if number < len(questions) - 1:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
+    return messages
+
+
+def test_the_question_that_is_set_chooses_and_no_other_row_matters(folders):
+    model, _, whole = folders
+    picture = np.random.default_rng(1).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    chosen = {}
+    single = [asked("a red dog"), asked("Where?")]  # two segments of the text tower, and one
+    both = asked("a red dog", "Where?")
+    for which in ("first", "last"):
+        reduced = model.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(whole), "question": which})
+        batch = reduced.processor.batch([*single, both], [[picture]] * 3)
+        assert (batch.visual_index >= 0).sum(1).tolist() == [KEPT] * 3
+
+        def kept(params, batch, module=reduced.module):
+            args = (flat_images(batch.images), None, flat_question(batch))
+            return module.apply({"params": params}, *args, method="visual_tokens").kept
+
+        chosen[which] = np.asarray(jax.jit(kept)(reduced.params, batch))
+        if which == "first":
+            logits = jax.jit(reduced.module.apply)({"params": reduced.params}, batch)
+            alone = jax.tree.map(lambda leaf: leaf[1:2], batch)
+            one = jax.jit(reduced.module.apply)({"params": reduced.params}, alone)
+            np.testing.assert_allclose(one[0], logits[1], atol=1e-5)
+    dog, where = chosen["first"][:2]
+    assert dog.tolist() != where.tolist()
+    np.testing.assert_array_equal(chosen["first"][2], dog)
+    np.testing.assert_array_equal(chosen["last"], [dog, where, where])
+
+
+def test_the_guide_is_read_from_the_clip_and_not_written_with_the_release(folders, tmp_path):
+    model, folder, whole = folders
+    reduced = model.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(whole)})
+    guide, theirs = reduced.params["guide"], vlm_jax.from_pretrained(whole).params
+    image = {"image_norm": theirs["image"]["final_norm"], "image_projection": theirs["image"]["projection"]}
+    jax.tree.map(np.testing.assert_array_equal, guide, {"text": theirs["text"], **image})
+    assert set(reduced.params) == {*model.params, "guide"}
+    released = {"mm_vision_tower": f"../{whole.name}"}  # of LLaVA's own config, relative to its folder
+    named = clip_guide(model.module.encoder, None, released, folder, kind="cdpruner", path="config.reducer")
+    assert named.borrowed.checkpoint.keys() == reduced.system.release.borrowed[0].checkpoint.keys()
+    reduced.save_pretrained(tmp_path / "out")
+    again = vlm_jax.from_pretrained(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_an_evaluation_reads_the_guide_once_for_all_its_points(folders):
+    model, _, whole = folders
+    runner = ReleaseRunner.__new__(ReleaseRunner)
+    runner.__dict__ |= {"params": model.params, "_borrowed": {}}
+    assert runner.params_of(model.system).keys() == model.params.keys()
+    first = runner.params_of(model.with_budget(KEPT, reducer={"kind": "trim", "text_model": str(whole)}).system)
+    assert set(first) == {*model.params, "guide"}
+    other = model.with_budget(3, reducer={"kind": "cdpruner", "text_model": str(whole)}).system
+    assert runner.params_of(other)["guide"] is first["guide"]
+
+
+def test_what_has_no_clip_or_another_one_is_refused(folders, tmp_path):
+    model, _, whole = folders
+
+    def reduced(**fields):
+        return model.with_budget(KEPT, reducer={"kind": "cdpruner", **fields})
+
+    with pytest.raises(ConfigError, match=tried("set it to its folder or name, such as")):
+        reduced()
+    config = json.loads((whole / "config.json").read_text())
+    for key in ("a", "b"):
+        (tmp_path / key).mkdir()
+    write_clip(tmp_path / "a", {**config, "vision_config": {**config["vision_config"], "patch_size": 8}})
+    words = tried("is not the CLIP of this release's image tower: it has {}; set it to that CLIP, or choose another")
+    with pytest.raises(ConfigError, match=words) as refused:
+        reduced(text_model=str(tmp_path / "a"))
+    assert "patch_size 8 (here 4)" in str(refused.value)
+    (tmp_path / "b" / "config.json").write_text(json.dumps(CLIP))
+    with pytest.raises(ConfigError, match=tried("got {}; set it to the folder of the whole CLIP")):
+        reduced(text_model=str(tmp_path / "b"))
+    assert reduced(text_model=str(whole)).module.guide is not None  # what they say
+
+
+def test_models_without_a_clip_are_refused(folders, tmp_path):
+    config = tiny_config().unlock()
+    config.reducer.kind = "cdpruner"
+    with pytest.raises(ConfigError, match=tried("set config.release to one with a CLIP's tower, or choose another")):
+        build(config)
+    config.reducer.kind = "random"
+    build(config)
+    hybrid = make("deepseek_vl_hybrid", tmp_path)
+    with pytest.raises(ConfigError, match=tried("choose a release with one CLIP tower, such as LLaVA, or another")):
+        hybrid.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(folders[2])})
+    assert hybrid.with_budget(KEPT, reducer="random").module.guide is None
