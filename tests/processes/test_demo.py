@@ -114,6 +114,7 @@ def test_a_question_by_the_keyboard(opened, folder, name, width, scheme):
     for _ in range(BUDGET - 16):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Tab")  # the menu, then Ask
+    page.get_by_role("listbox").wait_for()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_function(DONE)

@@ -20,6 +20,11 @@ FONTS, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  #
 HEADS = ("", "At the budget", "Full budget", "Ratio")
 WAITING = "Waiting: questions are answered one at a time"
 STOPPED = "Stopped"
+# A list that scrolls is a stop of the Tab key, which would close the menu and lose the keyboard's place.
+LIST_WITHOUT_TAB = """() => {
+  const skip = () => document.querySelectorAll('#reducer [role="listbox"]').forEach(list => { list.tabIndex = -1; });
+  new MutationObserver(skip).observe(document.body, {childList: true, subtree: true});
+}"""
 FAILED = "The question was not answered; the log of the server has the cause."
 
 
@@ -146,6 +151,7 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
         # A question ends by itself, without `cancels`: Gradio loses a question that is asked while it cancels one.
         stops.click(stop, clock, None, js=timed, queue=False, **options)
         page.unload(closed)
+        page.load(None, None, None, js=LIST_WITHOUT_TAB, **options)
         menu.change(chosen_reducer, [menu, budget], budget, **options)
     page.queue(default_concurrency_limit=1, max_size=trial.service.settings.max_requests)  # times are of one question
     return page
