@@ -29,6 +29,13 @@ TORCHVISION ?= torchvision==0.28.0
 # and the tests of tests/parity/test_lmms_eval.py have its folder on the path.
 LMMS_EVAL ?= lmms-eval==0.7.3
 
+# Gradio asks for an earlier Pillow: it has a folder of its own, with all that it asks for, which only the page in
+# tests/processes/test_demo.py has on its path.
+GRADIO ?= gradio==6.31.0
+# A headless Chromium for that page, from the npm registry; with CHROMIUM=/usr/bin/chromium in the environment the tests
+# use that one instead.
+BROWSER ?= @sparticuz/chromium@153.0.0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -47,7 +54,7 @@ parity: $(VENV)/.parity  ## against live torch models
 golden: $(VENV)/.test  ## against arrays of the official implementations
 	$(BIN)/python -m pytest -n 2 $(UNCHECKED) tests/golden $(ARGS)
 
-processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
+processes: $(VENV)/.test $(VENV)/.demo  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
 	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
@@ -84,6 +91,13 @@ $(VENV)/.core: setup.py | $(BIN)/python
 
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.demo: Makefile | $(BIN)/python
+	$(PIP) --upgrade --target $(VENV)/demo '$(GRADIO)'
+ifeq ($(CHROMIUM),)
+	npm install --prefix $(VENV)/browser --ignore-scripts --no-audit --no-fund --loglevel=error '$(BROWSER)'
+endif
 	touch $@
 
 $(VENV)/.docs: setup.py | $(BIN)/python

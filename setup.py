@@ -41,6 +41,9 @@ SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 RAY = ["ray[tune]>=2.50"]
 
+# Not in the extra test, since it asks for an earlier Pillow; see GRADIO in the Makefile.
+DEMO = ["fastapi>=0.115.2", "gradio>=6.31", "uvicorn>=0.40"]
+
 EXTRAS = {
     "test": [
         *RAY,
@@ -50,7 +53,9 @@ EXTRAS = {
         "ipykernel>=6.29",
         "nbclient>=0.10.2",
         "nbformat>=5.10",
+        "brotli>=1.1",  # unpacks the browser of tests/processes/browser.py
         "openai>=3.0",
+        "playwright>=1.50",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
     ],
@@ -69,6 +74,7 @@ EXTRAS = {
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
     "serve": [*SERVE],
+    "demo": [*DEMO],
     "ray": [*RAY],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
@@ -85,6 +91,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={
+        "vlm_jax.demo": ["page.css"],
         "vlm_jax.pretrained": ["released/*.json"],
         "vlm_jax.sweep": ["report.html", "report.css", "report.js"],
     },

@@ -179,3 +179,12 @@ def test_a_server_needs_its_libraries(opened, monkeypatch):
         with pytest.raises(ConfigError, match=told):
             serve.libraries()
     assert callable(serve.libraries()[1].make_app)
+
+
+def test_a_page_needs_its_libraries(opened, monkeypatch):
+    """With them, tests/processes/test_demo.py opens it."""
+    demo = opened("demo")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    told = tried("cli.demo: {uvicorn} is not installed: pip install 'vlm_jax[demo]'")
+    with pytest.raises(ConfigError, match=told):
+        demo.libraries()
