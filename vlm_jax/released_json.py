@@ -131,13 +131,13 @@ FORMS: dict[str, Form] = _table(
         moe_intermediate_size projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
-        tokens_per_second in_channels in_chans prompt_embed_dim""",
+        tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings""",
     ),
     (
         COUNT | NULL,
         """num_key_value_heads head_dim mlp_dim projection_size kv_lora_rank q_lora_rank n_routed_experts
         n_shared_experts num_experts_per_tok n_group topk_group pooler_output_size representation_size nposemb
-        max_num_patches""",
+        max_num_patches num_experts num_local_experts""",
     ),
     (AT_LEAST_0 | NULL, "num_classes"),
     (AT_LEAST_0, "num_register_tokens first_k_dense_replace qk_nope_head_dim qk_rope_head_dim v_head_dim"),
@@ -152,7 +152,7 @@ FORMS: dict[str, Form] = _table(
     (SIDES | NULL, "patch_size"),
     (FLAG | AT_LEAST_0 | NULL, "rep_size"),
     (list_of(COUNT, most=1 << 12), "downsample_channels"),
-    (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes"),
+    (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes deepstack_visual_indexes"),
     (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
     (list_of(TEXT, most=1 << 12) | NULL, "layer_types"),
     (INDEX | list_of(INDEX), "vision_feature_layer"),
@@ -213,11 +213,11 @@ FORMS: dict[str, Form] = _table(
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token""",
+        add_special_token cap_pixels_per_frame""",
     ),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
-    (AREA | NULL, "num_frames min_frames max_frames"),
+    (AREA | NULL, "num_frames min_frames max_frames max_video_tokens"),
     (whole(1, 1 << 16) | NULL, "image_seq_length num_image_tokens min_size"),
     (list_of(whole(0, 255), 3) | NULL, "background_color"),
     (list_of(PAIR), "candidate_resolutions"),

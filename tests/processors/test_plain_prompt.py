@@ -165,7 +165,7 @@ def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places(
         {"role": "assistant", "content": "1"},
         {"role": "user", "content": [said("row"), {"type": "video"}, said("2")]},
     ]
-    pieces = PlainPrompt(TOKENIZER)(messages, [3])
+    pieces = PlainPrompt(TOKENIZER)(messages, [(0.0, 0.5, 1.0)])
     shown = [piece.kind if isinstance(piece, Slot) else [*piece.ids] for piece in pieces]
     words = [[BOS], [READ], "image", [COUNT, digit(7)], [digit(1), EOS], [ROW], *["video"] * 3, [digit(2)]]
     assert shown == words
