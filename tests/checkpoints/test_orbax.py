@@ -96,7 +96,7 @@ def test_a_failure_that_proves_no_damage_is_raised_and_renames_nothing(tmp_path,
     if owner is orbax:
         with (
             monkeypatch.context() as patched,
-            pytest.raises(CheckpointError, match=r"2 in .* cannot be read here: OSE"),
+            pytest.raises(CheckpointError, match="cannot be read here: OSE"),
         ):
             patched.setattr(owner, name, raising(error))
             orbax.newest_arrays(tmp_path)

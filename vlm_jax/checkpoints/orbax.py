@@ -40,8 +40,8 @@ Checksums = Mapping[str, str]  # by path; see `checksums.array_checksums`
 # or a lack of rights.
 _NOT_AS_WRITTEN = re.compile(
     r"Error decoding (?:b-tree node|manifest|version tree node)|ZSTD_decompressStream\(\) failed: (?!Allocation error)|"
-    r"Truncated Zstd-compressed stream|Uncompressed chunk is \d+ bytes|End of data expected|"
-    r"/\.zarray\" in OCDBT database at .*: Error parsing|is not compatible with the stored shape"
+    r"Truncated Zstd-compressed stream|Uncompressed chunk is \d+ bytes|Not enough data: expected|End of data expected|"
+    r"/\.zarray\" in OCDBT database at .*: (?:Error parsing|Invalid JSON)|is not compatible with the stored shape"
 )
 
 _log = logging.getLogger(__name__)
