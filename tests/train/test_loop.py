@@ -154,6 +154,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finis
     checkpoints = tmp_path / "checkpoints"
     assert sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()) == [10, 12]
     (checkpoints / "12" / "position" / "metadata").write_text("[]")
+    assert not Trainer(config, build(config), one_device, tmp_path).finished()
     again = train(config, one_device, tmp_path)
     assert "12/position/metadata: expected a JSON object" in caplog.text
     assert f"resumes from checkpoint 10; {checkpoints / '12'} is kept as 12.damaged" in caplog.text

@@ -29,6 +29,10 @@ WHOLE_BYTES = 2**20  # files up to this size have a checksum in FILES; larger on
 _BLOCK = 2**16  # elements whose temporary arrays fit in a core's cache
 
 
+class DamagedFile(ValueError):
+    """A file that is not as it was written; the message names it, with what was expected and found."""
+
+
 def array_checksums(arrays: Mapping[str, Tree]) -> dict[str, str]:
     """The dtype, shape and checksum of each array, as "float32 (2, 3) 0a1b2c3d", by its name.
 
@@ -119,13 +123,13 @@ def unsealed(content: Any, path: epath.PathLike) -> Fields:
     """A JSON object without its checksum.
 
     Raises:
-      ValueError: it has another checksum, or none.
+      DamagedFile: it has another checksum, or none.
     """
     if not isinstance(content, dict) or CRC not in content:
-        raise ValueError(f"{path}: expected a JSON object with a key {CRC}")
+        raise DamagedFile(f"{path}: expected a JSON object with a key {CRC}")
     inner = {key: value for key, value in content.items() if key != CRC}
     if (found := _crc_of(inner)) != content[CRC]:
-        raise ValueError(f"{path}: expected the checksum {content[CRC]}, found {found}")
+        raise DamagedFile(f"{path}: expected the checksum {content[CRC]}, found {found}")
     return inner
 
 
@@ -133,15 +137,16 @@ def read_object(path: epath.PathLike) -> Any:
     """The JSON in a file.
 
     Raises:
-      ValueError: the file is missing, or it is not JSON.
+      DamagedFile: the file is missing, or it is not JSON.
+      OSError: it cannot be read.
     """
     path = epath.Path(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: is missing") from None
+        raise DamagedFile(f"{path}: is missing") from None
     except (ValueError, RecursionError) as error:  # also for bytes that are not text
-        raise ValueError(f"{path}: is not JSON ({error})") from error
+        raise DamagedFile(f"{path}: is not JSON ({error})") from error
 
 
 def list_files(folder: epath.PathLike) -> None:
@@ -158,17 +163,18 @@ def check_files(folder: epath.PathLike) -> None:
     """Compares a folder with its `FILES`; files that this does not list are ignored.
 
     Raises:
-      ValueError: a file is missing or has another size or checksum; the message names it, with both.
+      DamagedFile: a file is missing or has another size or checksum; the message names it, with both.
+      OSError: a file cannot be read.
     """
     folder = epath.Path(folder)
     for name, (size, crc) in unsealed(read_object(folder / FILES), folder / FILES)["files"].items():
         path = folder / name
         if not path.exists():
-            raise ValueError(f"{path}: is missing")
+            raise DamagedFile(f"{path}: is missing")
         if (found := path.stat().length) != size:
-            raise ValueError(f"{path}: expected {size:,} bytes, found {found:,}")
+            raise DamagedFile(f"{path}: expected {size:,} bytes, found {found:,}")
         if crc is not None and (found := _crc(path.read_bytes())) != crc:
-            raise ValueError(f"{path}: expected the checksum {crc}, found {found}")
+            raise DamagedFile(f"{path}: expected the checksum {crc}, found {found}")
 
 
 def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:

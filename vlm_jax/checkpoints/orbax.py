@@ -1,10 +1,12 @@
 """A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
 
 import errno
+import itertools
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.checkpoints.checksums import (
     FILES,
+    DamagedFile,
     array_checksums,
     check_files,
     differing,
@@ -33,11 +36,23 @@ ARRAYS = "arrays"  # key of the checksums of a checkpoint's arrays, beside its p
 
 Checksums = Mapping[str, str]  # by path; see `checksums.array_checksums`
 
+# What TensorStore and Orbax say of bytes that are not those that were written; not of a full memory, a failed request
+# or a lack of rights.
+_NOT_AS_WRITTEN = re.compile(
+    r"Error decoding (?:b-tree node|manifest|version tree node)|ZSTD_decompressStream\(\) failed: (?!Allocation error)|"
+    r"Truncated Zstd-compressed stream|Uncompressed chunk is \d+ bytes|Not enough data: expected|End of data expected|"
+    r"/\.zarray\" in OCDBT database at .*: (?:Error parsing|Invalid JSON)|is not compatible with the stored shape"
+)
+
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names it and the fix."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files or values are proven to be other than those that were written."""
 
 
 class Resumed(NamedTuple):
@@ -135,7 +150,8 @@ class RunCheckpoints:
     def newest(self, like: Callable[[int], Tree]) -> Resumed | None:
         """Reads the newest checkpoint that is not damaged, and says which others are.
 
-        The folders of damaged ones that are newer are renamed to `N.damaged`, and the run saves under their numbers.
+        The folders of damaged ones that are newer are renamed to `N.damaged`, or `N.damaged.1` and so on where that
+        exists, and the run saves under their numbers.
 
         Args:
           like: given a checkpoint's number, the pytree of its state, as of `restore`.
@@ -144,35 +160,58 @@ class RunCheckpoints:
           None where there is no checkpoint.
 
         Raises:
-          CheckpointError: every checkpoint is damaged or of another model.
+          CheckpointError: every checkpoint is damaged, or a damaged one cannot be renamed.
+          Exception: of `restore`, where one that is not proven to be damaged cannot be read; nothing is renamed.
         """
-        damaged: dict[int, CheckpointError] = {}
+        damaged: dict[int, str] = {}  # no errors: their tracebacks would keep the arrays that were read
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = Resumed(step, *self.restore(step, like(step)))
-            except CheckpointError as error:
-                damaged[step] = error
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
                 continue
-            for number, error in damaged.items():
-                self._set_aside(number, error, step)
+            except Exception:
+                for reason in damaged.values():
+                    _log.warning("%s", reason)
+                raise
+            for number, reason in damaged.items():
+                self._set_aside(number, reason, step)
             return found
         if damaged:
             raise CheckpointError(
-                f"{damaged[max(damaged)]}. No other checkpoint is left; delete the folder {self.directory} and run the "
-                "same command to start anew"
+                f"{'; '.join(damaged.values())}. No other checkpoint is left; delete the folder {self.directory} and "
+                "run the same command to start anew"
             )
         return None
 
-    def _set_aside(self, number: int, error: CheckpointError, step: int) -> None:
-        folder = self.directory / str(number)
-        aside = folder.with_name(f"{number}.damaged")
+    def _set_aside(self, number: int, reason: str, step: int) -> None:
+        folder, problem = self.directory / str(number), None
         if jax.process_index() == 0:
-            _log.warning("%s. The run resumes from checkpoint %d; %s is kept as %s", error, step, folder, aside.name)
-            if aside.exists():
-                aside.rmtree()
-            folder.rename(aside)
-        _failed_anywhere(False)  # waits for the first process
+            try:
+                aside = _first_free(folder.with_name(f"{number}.damaged"))
+                folder.rename(aside)
+                _log.warning(
+                    "%s. The run resumes from checkpoint %d; %s is kept as %s", reason, step, folder, aside.name
+                )
+            except Exception as error:  # a store's errors are of many types, and the other processes wait
+                problem = error
+        if _failed_anywhere(problem is not None):
+            told = "the first process names the cause" if problem is None else first_line(problem)
+            raise CheckpointError(
+                f"{reason}. {folder} cannot be renamed ({told}); fix the permissions and run the same command to "
+                f"resume from checkpoint {step}"
+            ) from problem
         self._manager.reload()
+
+    def is_whole(self, step: int) -> bool:
+        """Whether the files of a checkpoint are as they were written; all processes call this alike.
+
+        Values in large files, which have no checksum of their own, are not read.
+
+        Raises:
+          CheckpointError: it cannot be read here.
+        """
+        return _checked(self.directory / str(step))[0] is None
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, Fields]:
         """Reads one checkpoint, every array directly to its sharding, and compares its checksums.
@@ -185,25 +224,33 @@ class RunCheckpoints:
           The state and the position.
 
         Raises:
-          CheckpointError: it is damaged or has other shapes.
+          DamagedCheckpoint: a file, or a value, is not as it was written.
+          CheckpointError: it is of another model, a file cannot be opened, or another process cannot read it.
+          Exception: any other failure of reading it here, such as a full memory, with a note that names the checkpoint.
         """
         folder = self.directory / str(step)
-        problem: Exception | None = None
         state, position, expected = None, {}, None
+        damage: str | None = None
+        failure: Exception | None = None
         try:
             position, expected = described_by(folder)
             # Without the checkpointer, whose barrier a process that fails would not reach.
             state = ocp.StandardCheckpointHandler().restore(folder / STATE, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            problem = error
-        if not _failed_anywhere(problem is not None):
+        except Exception as error:  # Orbax and TensorStore raise many types
+            if lines := [] if expected is None else list(_other_shapes(expected, like)):
+                failure = CheckpointError(f"checkpoint {step} in {self.directory} is of another model: {few(lines)}")
+            elif (damage := _damage(error)) is None:
+                failure = _unreadable(folder, error)
+        if not _failed_anywhere(damage is not None or failure is not None):
             lines = [] if expected is None else list(differing(expected, array_checksums(_named(state))))
-            problem = ValueError(few(lines)) if lines else None
-        if _failed_anywhere(problem is not None):
-            reason = "another process cannot read its part" if problem is None else first_line(problem)
-            raise CheckpointError(
-                f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model ({reason})"
-            ) from problem
+            damage = few(lines) if lines else None
+        if _failed_anywhere(damage is not None):
+            state = None  # frees its memory, into which an older checkpoint is read
+            reason = "another process finds the damage" if damage is None else damage
+            raise DamagedCheckpoint(f"checkpoint {step} in {self.directory} is damaged: {reason}")
+        if _failed_anywhere(failure is not None):
+            state = None
+            raise failure or _unread_elsewhere(folder)
         return state, position
 
     def close(self) -> None:
@@ -284,14 +331,76 @@ def newest_arrays(directory: epath.PathLike) -> tuple[epath.Path, Checksums | No
       CheckpointError: there is no checkpoint, or it is damaged.
     """
     state = newest_state(directory)
-    problem, checksums = None, None
-    try:
-        checksums = described_by(state.parent)[1]
-    except ValueError as error:
-        problem = error
-    if _failed_anywhere(problem is not None):  # the first process alone compares the files
-        raise damaged(state, str(problem or "the first process names the file")) from problem
+    reason, checksums = _checked(state.parent)
+    if reason is not None:
+        raise damaged(state, reason)
     return state, checksums
+
+
+def _checked(folder: epath.Path) -> tuple[str | None, Checksums | None]:
+    """What is damaged of a checkpoint's files, or None, and the checksums of its arrays; all processes call this alike.
+
+    Raises:
+      CheckpointError: a file cannot be read here.
+      Exception: as `_unreadable`.
+    """
+    reason, checksums = None, None
+    failure: Exception | None = None
+    try:
+        checksums = described_by(folder)[1]
+    except DamagedFile as error:
+        reason = str(error)
+    except Exception as error:  # a store's errors are of many types, and the other processes wait
+        failure = _unreadable(folder, error)
+    if _failed_anywhere(reason is not None):  # the first process alone compares the files
+        return reason or "the first process names the file", None
+    if _failed_anywhere(failure is not None):
+        raise failure or _unread_elsewhere(folder)
+    return None, checksums
+
+
+def _damage(error: BaseException) -> str | None:
+    """What is damaged, where an error or a cause of it proves that; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DamagedFile):
+            return str(cause)
+        if _NOT_AS_WRITTEN.search(str(cause)):
+            return first_line(cause)
+        cause = cause.__cause__
+    return None
+
+
+def _unreadable(folder: epath.Path, error: Exception) -> Exception:
+    """The error of a checkpoint that cannot be read here, though nothing proves that it is damaged.
+
+    Args:
+      folder: of the checkpoint.
+      error: what reading it raised.
+
+    Returns:
+      A CheckpointError of an OSError; any other error itself, with a note.
+    """
+    told = f"checkpoint {folder.name} in {folder.parent} cannot be read here: {first_line(error)}; it is left as it is"
+    if not isinstance(error, OSError):
+        error.add_note(told)
+        return error
+    found = CheckpointError(told)
+    found.__cause__ = error
+    return found
+
+
+def _unread_elsewhere(folder: epath.Path) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder.name} in {folder.parent} cannot be read by another process")
+
+
+def _other_shapes(expected: Checksums, like: Tree) -> Iterator[str]:
+    """Lines about the arrays that only a state or only a checkpoint has, or that have another shape."""
+    stored = {name: text.partition(" ")[2].rpartition(" ")[0] for name, text in expected.items()}
+    wanted = {name: str(tuple(leaf.shape)) for name, leaf in _named(like).items()}
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            yield f"{name}: expected {wanted.get(name, 'no such array')}, found {stored.get(name, 'none')}"
 
 
 def described_by(folder: epath.Path) -> tuple[Fields, Checksums | None]:
@@ -304,7 +413,8 @@ def described_by(folder: epath.Path) -> tuple[Fields, Checksums | None]:
       The position, and the checksums by path, or None for a checkpoint of an earlier version, which has none.
 
     Raises:
-      ValueError: it is damaged; the message names the file.
+      DamagedFile: it is damaged; the message names the file.
+      OSError: a file cannot be read.
     """
     path = folder / POSITION / "metadata"
     content = read_object(path)
@@ -344,6 +454,12 @@ def _failed_anywhere(failed: bool) -> bool:
     if jax.process_count() == 1:
         return failed
     return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+
+
+def _first_free(path: epath.Path) -> epath.Path:
+    """The path, or the first of it with `.1`, `.2` and so on that does not exist."""
+    names = itertools.chain([path.name], (f"{path.name}.{i}" for i in itertools.count(1)))
+    return next(other for other in map(path.with_name, names) if not other.exists())
 
 
 def few(lines: list[str]) -> str:

@@ -161,12 +161,16 @@ class Trainer:
         return self._spans[-1].stop
 
     def finished(self) -> bool:
-        """Whether every step has been run and saved."""
+        """Whether every step has been run and saved, and no file of the last checkpoint is damaged.
+
+        Raises:
+          CheckpointError: that checkpoint cannot be read here.
+        """
         if not (self.workdir / CHECKPOINTS).exists():
             return False
         checkpoints = self._checkpoints()
         with contextlib.closing(checkpoints):
-            return checkpoints.latest() == self.num_steps
+            return checkpoints.latest() == self.num_steps and checkpoints.is_whole(self.num_steps)
 
     def run(self) -> Outcome:
         """Trains the remaining steps.
