@@ -20,12 +20,14 @@ from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.config import ConfigError
 from vlm_jax.data.loader import join
 from vlm_jax.models.vlm import flat_images, flat_question
+from vlm_jax.plugins import PluginError
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.learned import PromptError
-from vlm_jax.reducers import cdpruner
+from vlm_jax.reducers import REDUCERS, cdpruner
 from vlm_jax.reducers.cdpruner import CDPruner
+from vlm_jax.reducers.reducer import KeepsFeatures
 from vlm_jax.reducers.trim import TRIM
 from vlm_jax.sweep.release_run import ReleaseRunner
 from vlm_jax.types import Guidance, RowShape, VisualFeatures
@@ -243,6 +245,26 @@ def test_the_guide_is_read_from_the_clip_and_not_written_with_the_release(folder
     reduced.save_pretrained(tmp_path / "out")
     again = vlm_jax.from_pretrained(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_a_kind_of_another_package_has_a_guide_if_it_says_so(folders, monkeypatch):
+    model, _, whole = folders
+    monkeypatch.setattr(REDUCERS, "_added", {})
+    monkeypatch.setattr(REDUCERS, "_sources", {})
+    unset = type("Unset", (KeepsFeatures,), {"kind": "own", "guided_by": "clip"})
+    with pytest.raises(PluginError, match="lacks text_model; question; segments;"):
+        vlm_jax.register_reducer("own", unset)
+
+    class Own(unset):
+        text_model: str | None = None
+        question: str = "last"
+        segments: int = 2
+
+    vlm_jax.register_reducer("own", Own)
+    reduced = model.with_budget(KEPT, reducer={"kind": "own", "text_model": str(whole)})
+    assert reduced.module.guide is not None
+    batch = reduced.processor.batch([asked("Who?", "Where?")], [[PICTURE]])
+    np.testing.assert_array_equal(batch.question.tokens[0, 0, 0], ids_of("Where?"))
 
 
 def test_an_evaluation_reads_the_guide_once_for_all_its_points(folders):
