@@ -42,8 +42,8 @@ def test_embeddings_are_those_of_the_release(text, tmp_path):
     texts = QuestionTexts(found.tokenizer, found.module.text.context_length, "first", found.module.text.vocab_size)
     hidden = np.random.default_rng(0).normal(size=(1, 16, 16)).astype(np.float32)
     features = VisualFeatures(jnp.asarray(hidden), jnp.ones((1, 16), bool), (4, 4))
-    segments = texts([{"role": "user", "content": text}], (), "question")
-    question = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), texts.batched([[segments]], 1))
+    (segments,) = texts([{"role": "user", "content": text}], (), [0], "question")
+    question = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), texts.batched([[segments]], 1, static=False))
     shapes = jax.eval_shape(found.module.init, jax.random.key(0), features, question)
     targets = {found.borrowed.part: nn.meta.unbox(shapes)["params"]}
     params = import_params(found.borrowed.rules, found.borrowed.checkpoint, targets)["guide"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.layers.density_peaks import density_peaks
+from vlm_jax.layers.density_peaks import distances, nearest_centers, peak_scores, ranks, together
 from vlm_jax.reducers.behind_connector import reduce_packed
 from vlm_jax.reducers.dycoke import DyCoke
 from vlm_jax.reducers.fastvid import FastVID
@@ -157,16 +157,24 @@ def test_released_dycoke_loses_an_odd_last_frame_and_compares_few_frames_in_pair
 
 
 def test_clusters_do_not_depend_on_padding():
-    x = np.random.default_rng(0).normal(size=(1, 9, 4)).astype(np.float32)
-    run = jax.jit(density_peaks, static_argnums=(2, 3))
-    centers, numbers = run(jnp.asarray(x), jnp.ones((1, 9), bool), 3, 4)
+    x = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+
+    @jax.jit
+    def run(x, mask):
+        distance, pairs = distances(jnp.where(mask[:, None], x, 0)), together(jnp.zeros(len(x), int), mask)
+        rank = ranks(peak_scores(distance, pairs, 4), pairs)
+        return jnp.argsort(rank)[:3], nearest_centers(distance, pairs, rank < 3, rank)
+
+    centers, joined = run(x, jnp.ones(9, bool))
     places = np.array([0, 2, 3, 5, 6, 7, 9, 10, 11])
-    wide = np.full((1, 12, 4), np.nan, np.float32)
-    wide[:, places] = x
-    mask = np.isin(np.arange(12), places)[None]
-    padded, found = run(jnp.asarray(wide), jnp.asarray(mask), 3, 4)
-    np.testing.assert_array_equal(padded[0], places[np.asarray(centers[0])])
-    np.testing.assert_array_equal(found[0, places], numbers[0])
-    assert (np.asarray(found)[~mask] == 3).all()
-    scores = definitions.peaks(np.float64(x[0]), 4)
-    np.testing.assert_array_equal(centers[0], np.argsort(-scores)[:3])
+    wide = np.full((12, 4), np.nan, np.float32)
+    wide[places] = x
+    mask = np.isin(np.arange(12), places)
+    padded, found = run(jnp.asarray(wide), jnp.asarray(mask))
+    np.testing.assert_array_equal(padded, places[np.asarray(centers)])
+    np.testing.assert_array_equal(found[places], places[np.asarray(joined)])
+    assert (np.asarray(found)[~mask] == 12).all()
+    nearest = np.linalg.norm(x[:, None] - x[np.asarray(centers)][None], axis=-1).argmin(axis=1)
+    np.testing.assert_array_equal(joined, np.asarray(centers)[nearest])
+    scores = definitions.peaks(np.float64(x), 4)
+    np.testing.assert_array_equal(centers, np.argsort(-scores)[:3])

@@ -18,14 +18,19 @@ from vlm_jax.build import build
 from vlm_jax.checkpoints.params import export_params
 from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.config import ConfigError
+from vlm_jax.data.loader import join
 from vlm_jax.models.vlm import flat_images, flat_question
+from vlm_jax.plugins import PluginError
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.guide import clip_guide
-from vlm_jax.reducers import cdpruner
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.learned import PromptError
+from vlm_jax.reducers import REDUCERS, cdpruner
 from vlm_jax.reducers.cdpruner import CDPruner
+from vlm_jax.reducers.reducer import KeepsFeatures
 from vlm_jax.reducers.trim import TRIM
 from vlm_jax.sweep.release_run import ReleaseRunner
-from vlm_jax.types import Guidance, VisualFeatures
+from vlm_jax.types import Guidance, RowShape, VisualFeatures
 
 from ..advice import tried
 from . import definitions
@@ -167,6 +172,66 @@ def test_the_question_that_is_set_chooses_and_no_other_row_matters(folders):
     np.testing.assert_array_equal(chosen["last"], [dog, where, where])
 
 
+def guided_processor(folders, **fields):
+    model, _, whole = folders
+    return model.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(whole), **fields}).processor
+
+
+def ids_of(question):
+    """Of the tower's tokenizer, whose tokens are bytes: those of printable characters first, from 33 on."""
+    return [256, *(byte - 33 if byte > 32 else 188 + byte for byte in question.encode()), 257]
+
+
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+PICTURE = np.zeros((16, 16, 3), np.uint8)
+
+
+def test_training_rows_with_questions_of_different_length_join(folders):
+    learned = [[*asked(question), ANSWER] for question in ("a red dog", "Where?")]
+    shape = RowShape(60, 1)
+
+    def row(processor, messages):
+        example = processor.example(messages, [PICTURE], targets=True)
+        return processor.rows([[example]], shape, targets=True)
+
+    two = guided_processor(folders, segments=2)
+    question = join([row(two, messages) for messages in learned]).question
+    assert question.mask.tolist() == [[[True, True]], [[True, False]]]
+    for text, tokens in zip(("a red dog", "Where?"), question.tokens, strict=True):
+        ids = ids_of(text)
+        np.testing.assert_array_equal(tokens.reshape(-1), ids + [0] * (2 * LENGTH - len(ids)))
+    one = guided_processor(folders)
+    words = tried("raise segments of the reducer to {2} or more, or shorten the question")
+    with pytest.raises(SequenceTooLong, match=words):
+        row(one, learned[0])
+    with pytest.raises(SequenceTooLong, match=words):  # before training, which plans its rows by it
+        one.measure(learned[0], [(16, 16)], targets=True)
+    assert row(one, learned[1]).question.tokens.shape == (1, 1, 1, LENGTH)
+    assert one.batch(learned, [[PICTURE]] * 2, targets=True).question.tokens.shape == (2, 1, 2, LENGTH)
+
+
+def test_every_picture_has_the_question_of_its_own_message(folders):
+    """The second picture is an item, or a placeholder in a text; a question before it is for pictures before it."""
+    marked = [{"role": "user", "content": "<image>\nWhere?"}]
+    found = guided_processor(folders).batch(
+        [[*asked("Who?"), ANSWER, *second] for second in (asked("Where?"), marked)], [[PICTURE] * 2] * 2
+    )
+    for tokens in found.question.tokens:
+        assert tokens.shape == (2, 1, LENGTH)
+        np.testing.assert_array_equal(tokens[0, 0], [*ids_of("Who?"), 0, 0])
+        np.testing.assert_array_equal(tokens[1, 0], ids_of("Where?"))
+
+
+def test_no_answer_is_learned_from_what_a_later_question_chose(folders):
+    both = [*asked("Who?", "Where?"), ANSWER]
+    first, last = (guided_processor(folders, question=which) for which in ("first", "last"))
+    with pytest.raises(PromptError, match=tried("set turns to 'last', or question of the reducer to 'first'")):
+        last.batch([both], [[PICTURE]], targets=True)
+    chosen = last.batch([both], [[PICTURE]], targets=True, turns="last"), first.batch([both], [[PICTURE]], targets=True)
+    for batch, question in zip(chosen, ("Where?", "Who?"), strict=True):
+        assert batch.question.tokens[0, 0, 0].tolist()[: len(question) + 2] == ids_of(question)
+
+
 def test_the_guide_is_read_from_the_clip_and_not_written_with_the_release(folders, tmp_path):
     model, folder, whole = folders
     reduced = model.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(whole)})
@@ -180,6 +245,26 @@ def test_the_guide_is_read_from_the_clip_and_not_written_with_the_release(folder
     reduced.save_pretrained(tmp_path / "out")
     again = vlm_jax.from_pretrained(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_a_kind_of_another_package_has_a_guide_if_it_says_so(folders, monkeypatch):
+    model, _, whole = folders
+    monkeypatch.setattr(REDUCERS, "_added", {})
+    monkeypatch.setattr(REDUCERS, "_sources", {})
+    unset = type("Unset", (KeepsFeatures,), {"kind": "own", "guided_by": "clip"})
+    with pytest.raises(PluginError, match="lacks text_model; question; segments;"):
+        vlm_jax.register_reducer("own", unset)
+
+    class Own(unset):
+        text_model: str | None = None
+        question: str = "last"
+        segments: int = 2
+
+    vlm_jax.register_reducer("own", Own)
+    reduced = model.with_budget(KEPT, reducer={"kind": "own", "text_model": str(whole)})
+    assert reduced.module.guide is not None
+    batch = reduced.processor.batch([asked("Who?", "Where?")], [[PICTURE]])
+    np.testing.assert_array_equal(batch.question.tokens[0, 0, 0], ids_of("Where?"))
 
 
 def test_an_evaluation_reads_the_guide_once_for_all_its_points(folders):

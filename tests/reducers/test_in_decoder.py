@@ -307,6 +307,34 @@ def test_levels_are_dropped_with_their_tokens(batch):
         np.testing.assert_array_equal(left.levels[row], levels[row][places])
 
 
+def test_levels_follow_tokens_that_move(batch):
+    """As released, merged tokens come after the kept ones. Blocks that add nothing leave embeddings and levels."""
+    drops = SparseVLM(1, TOKENS, DEPTH, layers=(0,), rule="as_released", counts=(4,)).drops()
+    rng = np.random.default_rng(7)
+    x, levels = (rng.normal(size=(*LAYOUT.shape, width)).astype(np.float32) for width in (WIDTH, DEPTH * WIDTH))
+    added = ("out", "down")
+    still = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if any(one.key in added for one in path) else leaf, params()
+    )
+
+    @jax.jit
+    def run(x, levels, places):
+        args = (x, batch.positions, batch.segment_ids, None, None, places, levels)
+        return decoder(drops).apply(still, *args, method="run_layers")[0]
+
+    rows = run(jnp.asarray(x), jnp.asarray(levels), places_of(batch))
+    moved = 0
+    for row, index in enumerate(np.asarray(rows.index)):
+        real = np.asarray(rows.segment_ids[row]) > 0
+        assert (
+            real.sum() == np.sum(batch.segment_ids[row]) - 2
+        )  # of each image 4 stay, and one that is merged with no other
+        expected = x[row] + levels[row].reshape(LENGTH, DEPTH, WIDTH).sum(axis=1)
+        np.testing.assert_allclose(rows.x[row][real], expected[index[real]], atol=1e-4)
+        moved += (np.diff(index[real]) < 0).sum()
+    assert moved
+
+
 @every_drops
 def test_the_lowered_program_does_fewer_operations(batch, drops):
     long = dataclasses.replace(

@@ -285,8 +285,9 @@ class DropsTokens:
         left = jnp.take_along_axis(raters, rows.index[:, None], axis=2, mode="fill", fill_value=False)
         scores = jax.lax.stop_gradient(relevance(heads, context, left, places, coming.rating))
         found = rated(rows.x, rows.segment_ids, places, scores, whole, coming.rating)
-        index = jnp.take_along_axis(rows.index, found.source, axis=1)
-        return dataclasses.replace(rows, x=found.x, index=index), found.left.astype(jnp.float32)
+        index = _take(rows.index, found.source)
+        levels = None if rows.levels is None else _take(rows.levels, found.source)
+        return dataclasses.replace(rows, x=found.x, index=index, levels=levels), found.left.astype(jnp.float32)
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""

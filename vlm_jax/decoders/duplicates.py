@@ -88,7 +88,7 @@ def unlike_pivots(
     real = real_tokens(segment_ids, places)
     index = jnp.minimum(places.index, length - 1)
     of_pivots, of_tokens = at(units, pivots.index), at(units, index)
-    cosines = jnp.einsum("bipd,bimd->pbim", of_pivots, of_tokens)
+    cosines = jnp.einsum("bipd,bimd->pbim", of_pivots, of_tokens, precision="highest")
     matches = (pivots.index[..., None] == index[:, :, None]) & pivots.used[..., None]
     taken = matches.any(axis=2) & real
     rest = jnp.maximum(number - taken.sum(axis=-1), 0)

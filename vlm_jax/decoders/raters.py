@@ -65,7 +65,8 @@ def raters_of(
     x = jax.lax.stop_gradient(embeddings).astype(jnp.float32)
     text, real = text_behind(segment_ids, places), real_tokens(segment_ids, places)
     visual = at(x, jnp.minimum(places.index, x.shape[1] - 1))
-    products = jnp.where(text[:, :, None], jnp.einsum("bimd,btd->bimt", visual, x), jnp.finfo(jnp.float32).min)
+    products = jnp.einsum("bimd,btd->bimt", visual, x, precision="highest")
+    products = jnp.where(text[:, :, None], products, jnp.finfo(jnp.float32).min)
     shares = jnp.where(real[..., None], jax.nn.softmax(products, axis=-1), 0)
     likeness = shares.sum(axis=2) / jnp.maximum(real.sum(axis=2), 1)[..., None]
     mean = jnp.where(text, likeness, 0).sum(axis=2) / jnp.maximum(text.sum(axis=2), 1)
@@ -92,7 +93,8 @@ def _rotary_factors(context: Context, head_dim: int) -> Float[Array, "B T T"]:
     """1 over the scaled score of a query of ones with a key of ones."""
     assert context.angles is not None
     cos, sin = jnp.cos(context.angles), jnp.sin(context.angles)
-    pairs = jnp.einsum("bth,bsh->bts", cos, cos) + jnp.einsum("bth,bsh->bts", sin, sin)
+    turned = jnp.concatenate([cos, sin], axis=-1)
+    pairs = jnp.einsum("bth,bsh->bts", turned, turned, precision="highest")
     plain = head_dim - 2 * context.angles.shape[-1]  # coordinates that are not rotated
     return head_dim**0.5 / (2 * context.magnitude**2 * pairs + plain)
 
@@ -187,5 +189,5 @@ def _clusters(
     assigned = jnp.where(joined < len(x), rank[jnp.minimum(joined, len(x) - 1)], most)
     member = assigned[None] == jnp.arange(most)[:, None]
     sizes = jnp.maximum(member.sum(axis=1), 1) + (0 if noise is None else 1e-6)
-    means = member.astype(jnp.float32) @ x / sizes[:, None]
+    means = jnp.matmul(member.astype(jnp.float32), x, precision="highest") / sizes[:, None]
     return Clusters(jnp.argsort(rank)[:most], assigned, means)

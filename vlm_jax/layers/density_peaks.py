@@ -1,20 +1,16 @@
 """Density-peak clustering with nearest neighbours (DPC-KNN): centres are dense, and far from all that are denser.
 
-Functions of one set of vectors take the groups that are clustered apart as a mask of pairs, which padding is in no
-group of; `density_peaks` is for a batch of sets.
+The functions are of one set of vectors, and take the groups that are clustered apart as a mask of pairs, which padding
+is in no group of.
 
 Source: Rodriguez and Laio 2014; Du et al. 2016; cluster_dpc_knn, as it is in the released code of PruneVid, FastVID,
 HoliTom and SparseVLM. Deviations: no noise is added to densities unless given, so that among equally dense vectors none
 is denser; a group with fewer vectors than neighbours has as many neighbours as vectors.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-from vlm_jax.layers.local_rows import row_by_row
 
 
 def distances(x: Float[Array, "N D"]) -> Float[Array, "N N"]:
@@ -36,7 +32,7 @@ def peak_scores(
     distance: Float[Array, "N N"],
     pairs: Bool[Array, "N N"],
     most: int,
-    neighbors: Int[Array, "N"] | int | None = None,
+    neighbors: Int[Array, "N"] | Int[Array, ""] | int | None = None,
     noise: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
     """Density times the distance to the nearest denser vector of the group; -inf for vectors in no group.
@@ -45,7 +41,7 @@ def peak_scores(
       distance: between all vectors.
       pairs: which are of the same group.
       most: nearest neighbours whose distances give the density, the vector itself included.
-      neighbors: fewer neighbours for the group of each vector; None for `most`.
+      neighbors: fewer neighbours, for the group of each vector or for all; None for `most`.
       noise: added to the densities, so that none are equal.
     """
     size = pairs.sum(axis=1)
@@ -82,39 +78,3 @@ def nearest_centers(
     found = jnp.argmin(jnp.where(tied, rank[None], size), axis=1)
     found = jnp.where(center, jnp.arange(size), found)
     return jnp.where(usable.any(axis=1), found, size)
-
-
-def density_peaks(
-    x: Float[Array, "B N D"], mask: Bool[Array, "B N"], num_clusters: int, neighbors: int
-) -> tuple[Int[Array, "B C"], Int[Array, "B N"]]:
-    """Clusters the unmasked vectors of every row.
-
-    Args:
-      x: vectors.
-      mask: False at padding.
-      num_clusters: number of clusters, at most N; where fewer vectors are unmasked, the last centres are masked ones.
-      neighbors: nearest neighbours, the vector itself included, that give a vector's density.
-
-    Returns:
-      Indices of the centres, by falling score; the number of every vector's cluster, the index of its centre among
-      these, and `num_clusters` for padding.
-    """
-    return _of_rows(jnp.where(mask[..., None], x, 0), mask, num_clusters=num_clusters, neighbors=neighbors)
-
-
-@row_by_row
-def _of_rows(
-    x: Float[Array, "B N D"], mask: Bool[Array, "B N"], *, num_clusters: int, neighbors: int
-) -> tuple[Int[Array, "B C"], Int[Array, "B N"]]:
-    return jax.vmap(functools.partial(_of_row, num_clusters=num_clusters, neighbors=neighbors))(x, mask)
-
-
-def _of_row(
-    x: Float[Array, "N D"], mask: Bool[Array, "N"], *, num_clusters: int, neighbors: int
-) -> tuple[Int[Array, "C"], Int[Array, "N"]]:
-    distance, pairs = distances(x), mask[:, None] & mask[None]
-    rank = ranks(peak_scores(distance, pairs, neighbors), pairs)
-    center = rank < num_clusters
-    joined = nearest_centers(distance, pairs, center, rank)
-    number = jnp.where(joined < len(x), rank[jnp.minimum(joined, len(x) - 1)], num_clusters)
-    return jnp.argsort(rank)[:num_clusters], number

@@ -29,7 +29,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import Tiles, Views
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
-from vlm_jax.reducers.reducer import GuidedByClip, Reducer
+from vlm_jax.reducers.reducer import GuidedReducer, Reducer
 from vlm_jax.system import System
 from vlm_jax.types import Config, Fields, Grid, Question
 
@@ -246,20 +246,23 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     )
     if not at_tokens and not in_decoder:
         _check_kept_by_connector(reduced, made, grid, path)
-    if isinstance(made, GuidedByClip):
+    if made.guided_by == "clip":
+        assert isinstance(made, GuidedReducer)  # as every registered one that says so
         system, reduced, question = _guided(system, reduced, made, path)
         reduction = dataclasses.replace(reduction, question=question)
     made_processor = dataclasses.replace(processor, views=views, reduction=reduction)
     return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
 
 
-def _guided(system: System, model: VLM, reducer: GuidedByClip, path: str) -> tuple[System, VLM, QuestionTexts]:
+def _guided(system: System, model: VLM, reducer: GuidedReducer, path: str) -> tuple[System, VLM, QuestionTexts]:
     """The system and the model with the guide that a reducer needs, and what makes ids of a question."""
     release = system.release
     assert release is not None and model.encoder is not None  # `with_budget` takes systems of releases
     found = clip_guide(model.encoder, reducer.text_model, release.config, release.folder, kind=reducer.kind, path=path)
     text = found.module.text
-    question = QuestionTexts(found.tokenizer, text.context_length, reducer.question, text.vocab_size)
+    question = QuestionTexts(
+        found.tokenizer, text.context_length, reducer.question, text.vocab_size, segments=reducer.segments
+    )
     (batch,) = system.inputs
     shapes = Question(
         jax.ShapeDtypeStruct((*batch.images.shape[:2], 1, text.context_length), jnp.int32),

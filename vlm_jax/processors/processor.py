@@ -27,6 +27,7 @@ from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import Prompt, Slot
+from vlm_jax.processors.question import messages_of
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -217,6 +218,8 @@ class Processor:
         if shape is not None:
             for row in rows:
                 _check_row(row, shape, keys)
+                for example in row:
+                    self._check_questions(example)
         capacity = None if shape is None else shape.images
         longest = max(sum(one.load.length for one in row) for row in rows)
         length = longest if shape is None else shape.length
@@ -376,7 +379,7 @@ class Processor:
                 self._image_places(sizes, max_visual_tokens, [image.size for image in shown]),
                 self._video_places(videos, max_video_tokens, [video.size for video in clips]),
             )
-        return self._example(
+        example = self._example(
             messages,
             *places,
             name=name,
@@ -386,7 +389,10 @@ class Processor:
             add_generation_prompt=add_generation_prompt,
             continuation="",
             **variables,
-        ).load
+        )
+        if targets:  # for a training row, which has a static shape
+            self._check_questions(example)
+        return example.load
 
     def _bounded(self, views: Views, max_visual_tokens: int | None) -> Views:
         return views if max_visual_tokens is None else views.within(max_visual_tokens)
@@ -431,8 +437,8 @@ class Processor:
             layouts = views.video_layouts(count, (height, width), most)
             if reduction is not None and reduction.compares_frames and not (reduction.is_packed and len(layouts) == 1):
                 raise PictureMismatch(
-                    "the reducer compares the frames of a video, but this system encodes each frame as an image of its "
-                    "own; pass images, or choose a reducer that is not for videos"
+                    "the reducer compares the frames of a video, but this system encodes the frames of a video apart; "
+                    "pass images, or choose a reducer that is not for videos"
                 )
             load = views.video_load(count, (height, width), most) // len(layouts)
             made = [None] * len(layouts) if prepared is None else prepared[number]
@@ -496,12 +502,29 @@ class Processor:
         load = sum(place.load for place in order)
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
         if self.reduction is not None and self.reduction.question is not None:
-            asked = self.reduction.question(messages, self.placeholders, f"{name}, question")
-            tokens = tuple(dataclasses.replace(one, question=asked) for one in tokens)
+            kinds: list[Kind] = [piece.kind for piece in pieces if isinstance(piece, Slot)]
+            own = self._messages_of(messages, kinds, [len(parts) for parts in videos])
+            learned = np.flatnonzero(answer_weights(messages, turns)).tolist() if targets else ()
+            asked = self.reduction.question(messages, self.placeholders, own, name, learned)
+            tokens = tuple(dataclasses.replace(one, question=its) for one, its in zip(tokens, asked, strict=True))
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
         taken = Load(length, load, kept, len(order))
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
+
+    def _messages_of(self, messages: Conversation, kinds: Sequence[Kind], parts: Sequence[int]) -> list[int]:
+        """The number of the message of each place, from its kind and the number of parts of each video."""
+        images, videos = (
+            messages_of(messages, kind, self.prompt.placeholders.get(kind, ())) for kind in ("image", "video")
+        )
+        own = {"image": iter(images), "video": iter(np.repeat(videos, parts).tolist())}
+        return [next(own[kind]) for kind in kinds]
+
+    def _check_questions(self, example: Example) -> None:
+        """Raises a `SequenceTooLong` for a question that a row of a static shape has no room for."""
+        if self.reduction is not None and self.reduction.question is not None:
+            asked = [one.question for one in example.tokens if one.question is not None]
+            self.reduction.question.check(asked, example.name)
 
     @property
     def placeholders(self) -> tuple[str, ...]:

@@ -131,7 +131,11 @@ class Reduction:
             batch = dataclasses.replace(batch, images=dataclasses.replace(batch.images, images=packed))  # type: ignore
         if self.question is not None and batch.images is not None:
             asked = [[one.question for one in row for _ in one.groups if one.question is not None] for row in rows]
-            question = self.question.batched(asked, batch.images.shape[1])  # type: ignore[union-attr]
+            question = self.question.batched(
+                asked,
+                batch.images.shape[1],  # type: ignore[union-attr]
+                static=shape is not None,
+            )
             batch = dataclasses.replace(batch, question=question)
         if self.drops and (num_images or batch.images is not None):  # rows of text may have room for images
             left = [[self.left(count) for count in of_row] for of_row in groups]

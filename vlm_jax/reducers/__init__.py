@@ -16,7 +16,8 @@ its members. `VLM.reduce` selects whether those before the connector act on its 
 
 A kind that chooses by the question says in `guided_by` what it needs to know of it. `clip`: `VLM.guide` embeds every
 image and its question (`Batch.question`, from the processor) by a CLIP, and passes them on in `features.guidance`; only
-a release with a CLIP's tower has one. Reducers in the decoder find the text in its sequence.
+a release with a CLIP's tower has one. The kind then has the fields of `reducer.GuidedReducer` too. Reducers in the
+decoder find the text in its sequence.
 
 The interface of every entry of `REDUCERS` is the protocol `reducer.Reducer`, tested by
 `tests/contracts/test_reducers.py`:
@@ -60,7 +61,7 @@ from vlm_jax.reducers.prumerge import PruMerge
 from vlm_jax.reducers.prunevid import PruneVid
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.reducers.random_drop import RandomDrop
-from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.reducers.reducer import GuidedReducer, Reducer
 from vlm_jax.reducers.sparsevlm import SparseVLM
 from vlm_jax.reducers.tome import ToMe
 from vlm_jax.reducers.trim import TRIM
@@ -92,7 +93,13 @@ _OWN: Mapping[str, type[Reducer] | None] = {
     "sparsevlm": SparseVLM,
 }
 
-REDUCERS = Registry("register_reducer", _OWN, lacking_of_class(Reducer))
+
+def _lacking(kind: str, reducer: Any) -> list[str]:
+    guided = getattr(reducer, "guided_by", None) is not None
+    return lacking_of_class(GuidedReducer if guided else Reducer)(kind, reducer)
+
+
+REDUCERS = Registry("register_reducer", _OWN, _lacking)
 
 
 def register_reducer(kind: str, reducer: type[Any]) -> None:

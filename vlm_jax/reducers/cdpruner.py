@@ -71,7 +71,7 @@ def mean_cosine(guidance: Guidance) -> Float[Array, "B N"]:
     """Of every feature the mean cosine to the segments of its image's question."""
     given = jax.lax.stop_gradient(guidance)
     weights = given.mask / jnp.maximum(given.mask.sum(axis=1, keepdims=True), 1)
-    return jnp.einsum("bne,bse,bs->bn", unit(given.image), unit(given.text), weights)
+    return jnp.einsum("bne,bse,bs->bn", unit(given.image), unit(given.text), weights, precision="highest")
 
 
 def conditional_kernel(features: VisualFeatures, relevance: Float[Array, "B N"]) -> Float[Array, "B N N"]:
@@ -100,7 +100,7 @@ def greedy_map(
         rows, variance, chosen = state
         index = jnp.argmax(scores(variance), axis=1)
         left = variance[row, index][:, None]
-        fresh = kernel[row, index] - jnp.einsum("kb,kbn->bn", rows[:, row, index], rows)
+        fresh = kernel[row, index] - jnp.einsum("kb,kbn->bn", rows[:, row, index], rows, precision="highest")
         if rule == "as_released":
             fresh = fresh / jnp.sqrt(left)
         else:

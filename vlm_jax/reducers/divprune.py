@@ -70,7 +70,7 @@ def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
 def cosines(features: VisualFeatures) -> Float[Array, "B N N"]:
     """Cosine of every two features, float32; 0 of masked features."""
     units = unit(real(jax.lax.stop_gradient(features.tokens), features.mask))
-    return jnp.einsum("bnd,bmd->bnm", units, units)
+    return jnp.einsum("bnd,bmd->bnm", units, units, precision="highest")
 
 
 @row_by_row

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.local_rows import row_by_row
-from vlm_jax.ranges import Natural
+from vlm_jax.ranges import Natural, Size
 from vlm_jax.types import Fields, Grid, Guidance, VisualFeatures
 
 Rule = Literal["exact", "as_released"]
@@ -29,7 +29,8 @@ class Reducer(Protocol):
       reduces_in: the part in whose blocks it reduces, or None.
       reduces_clips: whether it compares the frames of a video; it then has a field `frames`.
       guided_by: what it needs to know of the question: `clip` for `VisualFeatures.guidance`, the embeddings by both
-        towers of a CLIP; None where it needs nothing, or finds the text in the decoder's sequence.
+        towers of a CLIP, and it is then a `GuidedReducer`; None where it needs nothing, or finds the text in the
+        decoder's sequence.
       on_tokens: whether it acts on the connector's tokens even where it could act before the connector.
       rule: `exact` meets the budget exactly and leaves images within it unchanged; `as_released` has the counts,
         the order and the extra tokens of the released code.
@@ -76,6 +77,29 @@ class Reducer(Protocol):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         """The remaining features, with `kept`."""
         ...
+
+
+@runtime_checkable
+class GuidedReducer(Reducer, Protocol):
+    """A reducer that is `guided_by` the question.
+
+    Attributes:
+      text_model: folder of the CLIP, or its name on the hub, of which the text tower and the projections are read; the
+        tower that the release's config names when None.
+      question: which question chooses the tokens of an image: the `first` one from its own message on, or the `last`
+        one of the conversation.
+      segments: the most segments, each as long as the text tower, of a question in a row of a static shape, as in
+        training; elsewhere questions have any number.
+    """
+
+    @property
+    def text_model(self) -> str | None: ...
+
+    @property
+    def question(self) -> WhichQuestion: ...
+
+    @property
+    def segments(self) -> int: ...
 
 
 class PassesFeatures(nn.Module, kw_only=True):
@@ -198,14 +222,17 @@ class GuidedByClip(KeepsFeatures):
     Attributes:
       text_model: folder of that CLIP, or its name on the hub, of which the text tower and the projections are read; the
         tower that the release's config names when None.
-      question: in a conversation of several questions, whether the `first` one chooses, or the `last` one, so that each
-        question, asked in turn, chooses anew.
+      question: in a conversation of several questions, whether the `first` one from an image's own message on chooses
+        its tokens, or the `last` one of all, so that each question, asked in turn, chooses anew.
+      segments: in training, the most segments of a question, each as long as the text tower (77 tokens); every question
+        takes as many to compute, and a longer one is refused.
     """
 
     guided_by: ClassVar[GuidedBy | None] = "clip"
 
     text_model: str | None = None
     question: WhichQuestion = "first"
+    segments: Size = 1
 
     def guidance(self, features: VisualFeatures) -> Guidance:
         """The embeddings of the features and of the question.

@@ -64,4 +64,4 @@ class TRIM(GuidedByClip):
         if self.rule == "exact":
             return mean_cosine(given)
         weights = given.mask / jnp.maximum(given.mask.sum(axis=1, keepdims=True), 1)
-        return jnp.einsum("bne,bse,bs->bn", given.image, given.text, weights)
+        return jnp.einsum("bne,bse,bs->bn", given.image, given.text, weights, precision="highest")

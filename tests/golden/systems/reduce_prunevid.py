@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.golden import comparison
 from tests.golden.systems.reduce_dycoke import given, reduced
-from vlm_jax.layers.density_peaks import density_peaks
+from vlm_jax.layers.density_peaks import distances, nearest_centers, peak_scores, ranks
 from vlm_jax.reducers.clips import as_clip, merge_static
 from vlm_jax.reducers.prunevid import PruneVid, refined, static_similarity
 
@@ -34,8 +34,13 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 def clusters(x: np.ndarray, number: int, neighbors: int) -> np.ndarray:
     """The cluster of every vector [B, N]."""
-    mask = jnp.ones(x.shape[:2], bool)
-    return np.asarray(jax.jit(density_peaks, static_argnums=(2, 3))(jnp.asarray(x), mask, number, neighbors)[1])
+
+    def of_one(x: jax.Array) -> jax.Array:
+        distance, pairs = distances(x), jnp.ones((len(x), len(x)), bool)
+        rank = ranks(peak_scores(distance, pairs, neighbors), pairs)
+        return rank[nearest_centers(distance, pairs, rank < number, rank)]
+
+    return np.asarray(jax.jit(jax.vmap(of_one))(jnp.asarray(x)))
 
 
 def of_video(frames: np.ndarray, settings: dict) -> dict[str, np.ndarray]:
