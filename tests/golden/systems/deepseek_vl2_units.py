@@ -85,7 +85,7 @@ def _routed(stem: str, settings: dict, inputs: dict, expected: dict) -> dict[str
             selection=settings["topk_method"],
             num_groups=settings["n_group"],
             num_selected_groups=settings["topk_group"],
-            normalize=settings["norm_topk_prob"],
+            normalize=settings["norm_topk_prob"] and settings["num_experts_per_tok"] > 1,
             scale=settings["routed_scaling_factor"],
             balance_weight=settings["aux_loss_alpha"],
             balance_over=over,
