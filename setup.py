@@ -58,6 +58,7 @@ EXTRAS = {
         "playwright>=1.50",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
+        "setuptools>=77",  # builds templates/plugin_package
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
     "parity": [
