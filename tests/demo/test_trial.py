@@ -63,7 +63,7 @@ def test_answers_are_those_of_generate(trial, model, picture, reducer, counts):
 def test_uniform_stride_keeps_every_fourth_token(model, picture):
     """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid.
 
-    The 480 x 360 pixels are resized to 21 x 16, of which the tile has columns 2 to 18.
+    The 480 x 360 pixels are resized to 21 x 16; the tile has columns 2 to 18.
     """
     reduced = model.with_budget(4, reducer="uniform_stride")
     batch = reduced.system.processor(message(), [picture])

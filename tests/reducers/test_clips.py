@@ -148,7 +148,7 @@ def test_clips_are_whole():
 
 
 def test_released_dycoke_loses_an_odd_last_frame_and_compares_few_frames_in_pairs():
-    """By hand: frames 0 and 1 of 3 are a pair, of which the second keeps int((1 - 0.5) * 4) = 2; frame 2 is lost."""
+    """By hand: frames 0 and 1 of 3 are a pair, whose second keeps int((1 - 0.5) * 4) = 2; frame 2 is lost."""
     out = jitted("dycoke", num_kept=1, rule="as_released", merging_ratio=0.5)(packed())
     clip = np.float64(made("short")[0])
     similar = [definitions.cosine(a, b) for a, b in zip(clip[0], clip[1], strict=True)]

@@ -3,6 +3,7 @@
 Functions act on the tokens of one clip, frame after frame; frames have equally many tokens.
 """
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeAlias
@@ -142,9 +143,9 @@ class ReducesClips(KeepsFeatures):
             left = jnp.where(mask.sum() > whole, left, clip.tokens[kept])
         return left, kept, shown
 
+    @abc.abstractmethod
     def of_clip(self, clip: Clip, count: int) -> Left:
         """What is left of a clip: `count` tokens, by `as_released` those that are not masked."""
-        raise NotImplementedError
 
 
 def as_clip(

@@ -84,8 +84,8 @@ class GuidedReducer(Reducer, Protocol):
     """A reducer that is `guided_by` the question.
 
     Attributes:
-      text_model: folder of the CLIP, or its name on the hub, of which the text tower and the projections are read; the
-        tower that the release's config names when None.
+      text_model: folder of the CLIP whose text tower and projections are read, or its name on the hub; the tower that
+        the release's config names when None.
       question: which question chooses the tokens of an image: the `first` one from its own message on, or the `last`
         one of the conversation.
       segments: the most segments, each as long as the text tower, of a question in a row of a static shape, as in
@@ -220,8 +220,8 @@ class GuidedByClip(KeepsFeatures):
     """Keeps features by the question, as the CLIP whose image tower the system has embeds both.
 
     Attributes:
-      text_model: folder of that CLIP, or its name on the hub, of which the text tower and the projections are read; the
-        tower that the release's config names when None.
+      text_model: folder of that CLIP, whose text tower and projections are read, or its name on the hub; the tower
+        that the release's config names when None.
       question: in a conversation of several questions, whether the `first` one from an image's own message on chooses
         its tokens, or the `last` one of all, so that each question, asked in turn, chooses anew.
       segments: in training, the most segments of a question, each as long as the text tower (77 tokens); every question
