@@ -84,10 +84,12 @@ def test_a_sweep_whose_second_host_is_killed_has_the_rows_of_the_local_executor(
     process = start("sweep", config, f"--workdir={workdir}", *on_ray)
 
     def lost():
-        """The point that the second host runs, in the middle of its steps, with its lines so far."""
+        """The point that the second host runs, with its lines so far, once its first checkpoint is whole."""
         for label in labels:
-            lines, lock = steps(workdir, label), workdir / "points" / label / "point.lock"
-            if 60 <= len(lines) < 200 and int(re.findall(r"\d+", lock.read_text())[0]) in processes_of(second):
+            lines, point = steps(workdir, label), workdir / "points" / label
+            if not 60 <= len(lines) < 280 or not any(path.name.isdigit() for path in (point / "checkpoints").iterdir()):
+                continue
+            if int(re.findall(r"\d+", (point / "point.lock").read_text())[0]) in processes_of(second):
                 return label, lines
         return None
 
