@@ -87,13 +87,13 @@ ROWS = (
     Row(
         "InternVL (own names)",
         ("internvl_chat", "intern_vit_6b"),
-        "InternViT, pixel shuffle, Llama, InternLM2, Qwen2",
+        "InternViT, pixel shuffle, Llama, InternLM2, Qwen2, Qwen3 with or without experts",
         "tiles, features, logits, loss, greedy ids",
     ),
     Row(
         "InternVL (`transformers`)",
         ("internvl",),
-        "the same, with Qwen2",
+        "the same, with Qwen2, Qwen3 with experts",
         live="conversation (a video too) to answer, and back",
     ),
     Row(
@@ -112,7 +112,7 @@ ROWS = (
     Row(
         "Llama, Mistral, Qwen2, Qwen3, InternLM2, DeepSeek-V2",
         (
-            *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3"),
+            *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2"),
         ),
         "only the language model",

@@ -61,6 +61,9 @@ SCALED = {
 }
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+
 # class of the model, and what its config says beside the sizes
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, {}),
@@ -85,6 +88,8 @@ MODELS = {
         },
     ),
     "qwen3": (transformers.Qwen3ForCausalLM, {"head_dim": 12}),
+    "qwen3 with experts": (transformers.Qwen3MoeForCausalLM, {"head_dim": 12, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3 with experts, weights as scored": (transformers.Qwen3MoeForCausalLM, EXPERTS),
 }
 
 

@@ -5,6 +5,7 @@ import transformers
 
 import vlm_jax
 
+from .language import EXPERTS
 from .processors import (
     INDICATORS,
     VISION,
@@ -127,14 +128,19 @@ def ovis2(folder):
     return saved(folder, processor, transformers.Ovis2ForConditionalGeneration(config))
 
 
-def internvl(folder):
+def internvl(folder, **text):
     processor = internvl_processor()
     config = transformers.InternVLConfig(
         vision_config={**SIGLIP, "image_size": [28, 28], "patch_size": [7, 7]},
-        text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT},
+        text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT, **text},
         image_token_id=processor.image_token_id,
     )
     return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
+
+
+def internvl_moe(folder):
+    """InternVL 3.5 with experts, as its released files for transformers."""
+    return internvl(folder, model_type="qwen3_moe", num_hidden_layers=3, head_dim=8, norm_topk_prob=True, **EXPERTS)
 
 
 def qwen_vl(folder, kind, config, model, vision, **more):
@@ -193,8 +199,7 @@ def qwen3_vl(folder):
 
 def qwen3_vl_moe(folder):
     classes = transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3, **experts)
+    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3, **EXPERTS)
 
 
 def saved(folder, processor, model):

@@ -41,7 +41,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       qk_norm: an RMSNorm of every head's queries and keys before RoPE, as in Qwen3.
       expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
       num_experts: experts to choose from.
-      num_selected: experts of a token, whose scores are divided by their sum.
+      num_selected: experts of a token.
+      normalize_weights: divides the scores of a token's experts by their sum.
       tie_embeddings: computes logits with the embedding table instead of a separate head.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
@@ -73,6 +74,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     expert_dim: Size | None = None
     num_experts: Size = 1
     num_selected: Size = 1
+    normalize_weights: bool = True
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
@@ -83,8 +85,11 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     def setup(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")
-        if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
-            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
+        of_experts = self.num_experts, self.num_selected, self.normalize_weights
+        if self.expert_dim is None and of_experts != (1, 1, True):
+            raise ValueError(
+                "num_experts, num_selected and normalize_weights are not read without experts; set expert_dim"
+            )
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Initialised at the scale that every block adds to the residual stream; a table that also gives
         # the logits is initialised so that these start near 1.
@@ -120,8 +125,13 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         """Arguments of a `MixtureOfExperts`."""
         if self.expert_dim is None:
             return None
-        router = {"num_experts": self.num_experts, "num_selected": self.num_selected, "normalize": True}
-        return {"hidden_dim": self.expert_dim, "shared_dim": 0, "router": {**router, "balance_weight": 0.0}}
+        router = {
+            "num_experts": self.num_experts,
+            "num_selected": self.num_selected,
+            "normalize": self.normalize_weights,
+            "balance_weight": 0.0,
+        }
+        return {"hidden_dim": self.expert_dim, "shared_dim": 0, "router": router}
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up token ids."""

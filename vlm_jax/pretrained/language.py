@@ -19,7 +19,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.internlm2 import internlm2
-from vlm_jax.pretrained.llama import llama, mistral, qwen2, qwen2_vl, qwen3, qwen3_vl
+from vlm_jax.pretrained.llama import llama, mistral, qwen2, qwen2_vl, qwen3, qwen3_moe, qwen3_vl
 from vlm_jax.pretrained.qwen import qwen
 from vlm_jax.types import Batch, Config, Dtype
 
@@ -36,6 +36,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_vl_text": qwen2_vl,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "qwen3_vl_moe_text": qwen3_vl,
     "qwen3_vl_text": qwen3_vl,
 }

@@ -1,10 +1,10 @@
-"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3 with or without experts, and those of Qwen-VLs."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.checkpoints.maps.transformer import trunk_rules
+from vlm_jax.checkpoints.maps.transformer import Experts, trunk_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.pretrained.family import (
@@ -64,6 +64,26 @@ QWEN2_DEFAULTS: Fields = {
     "layer_types": None,
 }
 QWEN3_DEFAULTS: Fields = {**QWEN2_DEFAULTS, "head_dim": 128, "attention_bias": False}
+# transformers, models/qwen3_moe/configuration_qwen3_moe.py; windows are of all layers or of none.
+QWEN3_MOE_DEFAULTS: Fields = {
+    **_COMMON,
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_local_experts": None,  # the same in files of later versions
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
 QWEN2_VL_DEFAULTS: Fields = {
     **QWEN2_DEFAULTS,
     "vocab_size": 152_064,
@@ -119,6 +139,7 @@ def llama(
     qk_norm: bool = False,
     sections: tuple[int, ...] = (),
     interleaved: bool = False,
+    separate: bool = False,
     **dtypes: Dtype,
 ) -> LanguageModel:
     """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
@@ -143,6 +164,7 @@ def llama(
             "expert_dim": settings["moe_intermediate_size"],
             "num_experts": settings["num_local_experts"] or settings["num_experts"],
             "num_selected": settings["num_experts_per_tok"],
+            "normalize_weights": settings.get("norm_topk_prob", True),
         }
     decoder = Transformer(
         vocab_size=settings["vocab_size"],
@@ -166,7 +188,7 @@ def llama(
         **biases,
         qk_norm=qk_norm,
         expert_dim=decoder.expert_dim,
-        out_first=_out_first(checkpoint.get(f"{names.trunk}layers.0.mlp.experts.gate_up_proj"), decoder),
+        experts=_stored_experts(checkpoint.get(f"{names.trunk}layers.0.mlp.experts.gate_up_proj"), decoder, separate),
     )
     rules = (
         *prefixed(trunk, names.trunk),
@@ -190,6 +212,11 @@ def qwen3(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **
     return llama(config, checkpoint, where, defaults=QWEN3_DEFAULTS, qk_norm=True, **more)
 
 
+def qwen3_moe(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """Qwen3 with experts in every layer, of which the released files have separate tensors."""
+    return llama(config, checkpoint, where, defaults=QWEN3_MOE_DEFAULTS, qk_norm=True, separate=True, **more)
+
+
 def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """The language models of Qwen2-VL and Qwen2.5-VL: Qwen2 with M-RoPE.
 
@@ -211,9 +238,12 @@ def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
     return llama(config, checkpoint, where, qk_norm=True, sections=QWEN3_VL_SECTIONS, **settings, **more)
 
 
-def _out_first(stored: SourceTensor | None, decoder: Transformer) -> bool:
-    """Whether experts are stored as [out, in]: by files that transformers wrote, not by those of the release."""
-    return stored is not None and decoder.expert_dim is not None and stored.shape[1] == 2 * decoder.expert_dim
+def _stored_experts(stacked: SourceTensor | None, decoder: Transformer, separate: bool) -> Experts:
+    """How experts are stored: in [out, in] by files that transformers wrote, not by those of the release."""
+    if stacked is None:
+        return "separate" if separate else "stacked"
+    out_first = decoder.expert_dim is not None and stacked.shape[1] == 2 * decoder.expert_dim
+    return "stacked_out_first" if out_first else "stacked"
 
 
 def _windows(settings: Config, where: str) -> tuple[int | None, ...]:

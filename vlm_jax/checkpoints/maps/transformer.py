@@ -1,10 +1,15 @@
 """Language models of the Llama family under the names of transformers, Qwen (v1) and InternLM2."""
 
+from typing import Literal
+
 from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm
 from vlm_jax.checkpoints.ops import IDENTITY, LINEAR, Chain, Shared, Split, Transpose, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _BLOCK, _OURS = "layers.{layer}", "blocks/layers"
+# How a layer's experts are stored: as tensors of each; or all of them stacked, gate and up in one tensor, as [in, out]
+# or as [out, in], like other layers of torch.
+Experts = Literal["separate", "stacked", "stacked_out_first"]
 
 
 def trunk_rules(
@@ -14,15 +19,13 @@ def trunk_rules(
     mlp_bias: bool,
     qk_norm: bool,
     expert_dim: int | None = None,
-    out_first: bool = False,
+    experts: Experts = "stacked",
 ) -> tuple[Rule, ...]:
     """Blocks and final norm, after `model.`; the settings are those of `Transformer`.
 
-    The experts of a layer are stacked, and the first two layers of each are one tensor.
-
     Args:
       qkv_bias, out_bias, mlp_bias, qk_norm, expert_dim: as in `Transformer`.
-      out_first: whether experts are stored as [out, in], like other layers of torch.
+      experts: how those of a layer are stored.
     """
     rules = [
         *rms_norm(f"{_BLOCK}.input_layernorm", f"{_OURS}/attention_norm"),
@@ -36,18 +39,27 @@ def trunk_rules(
         rules += rms_norm(f"{_BLOCK}.self_attn.q_norm", f"{_OURS}/attention/query_norm")
         rules += rms_norm(f"{_BLOCK}.self_attn.k_norm", f"{_OURS}/attention/key_norm")
     if expert_dim is not None:
-        theirs, ours = f"{_BLOCK}.mlp", f"{_OURS}/mlp"
-        both = (f"{ours}/experts/gate", f"{ours}/experts/up")
-        turned, halves = Transpose((0, 2, 1)), Split(2, (expert_dim, expert_dim))
-        return (
-            *rules,
-            Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR),
-            Rule(f"{theirs}.experts.gate_up_proj", both, Chain(turned, halves) if out_first else halves),
-            Rule(f"{theirs}.experts.down_proj", f"{ours}/experts/down", turned if out_first else IDENTITY),
-        )
+        return (*rules, *_experts_rules(expert_dim, experts))
     for name in ("gate", "up", "down"):
         rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{_OURS}/mlp/{name}", bias=mlp_bias)
     return tuple(rules)
+
+
+def _experts_rules(expert_dim: int, stored: Experts) -> tuple[Rule, ...]:
+    theirs, ours = f"{_BLOCK}.mlp", f"{_OURS}/mlp"
+    router = Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR)
+    if stored == "separate":
+        names = ("gate", "up", "down")
+        own = (Rule(f"{theirs}.experts.{{expert}}.{one}_proj.weight", f"{ours}/experts/{one}", LINEAR) for one in names)
+        return router, *own
+    both = (f"{ours}/experts/gate", f"{ours}/experts/up")
+    turned, halves = Transpose((0, 2, 1)), Split(2, (expert_dim, expert_dim))
+    out_first = stored == "stacked_out_first"
+    return (
+        router,
+        Rule(f"{theirs}.experts.gate_up_proj", both, Chain(turned, halves) if out_first else halves),
+        Rule(f"{theirs}.experts.down_proj", f"{ours}/experts/down", turned if out_first else IDENTITY),
+    )
 
 
 def qwen_rules(heads_width: int) -> tuple[Rule, ...]:
