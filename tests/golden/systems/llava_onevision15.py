@@ -15,8 +15,8 @@ from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.processors.patches import pack_patches
 
 NOT_COMPARED = {
-    r"packed\.merged_as_coded": "the released ds/ code slices packed images wrongly: all but the first are shifted by a "
-    "token; its training code, and one image at a time, give what is compared as image<n>.merged",
+    r"packed\.merged_as_coded": "the released ds/ code slices packed images wrongly: all but the first are shifted by "
+    "a token; its training code, and one image at a time, give what is compared as image<n>.merged",
 }
 
 
