@@ -23,7 +23,7 @@ class RiceViT(PackedTrunk, kw_only=True):
     Source: Xie et al. 2025 (RICE), section 3; An et al. 2025 (LLaVA-OneVision-1.5), section 2.1;
     EvolvingLMMs-Lab/LLaVA-OneVision-1.5, modeling_llavaonevision1_5.py, RiceTransformerPretrainedModel, for single
     images: of several in a call, it returns all but the first shifted by a token, unlike rice_vision_model.py, with
-    which it was trained.
+    which it was trained, and which gives a video one class token in all.
     """
 
     activation: Activation = "gelu"

@@ -12,8 +12,8 @@ from vlm_jax.pretrained.family import ACTIVATIONS, Description, beside, check_su
 from vlm_jax.pretrained.qwen2_vl import packed_shapes
 from vlm_jax.types import Config, Dtype, Fields
 
-# EvolvingLMMs-Lab/LLaVA-OneVision-1.5, configuration_llavaonevision1_5.py, RiceConfig. The released code gives a patch
-# one frame, whatever temporal_patch_size is, and never reads embed_dim.
+# EvolvingLMMs-Lab/LLaVA-OneVision-1.5, configuration_llavaonevision1_5.py, RiceConfig. The released code ignores
+# temporal_patch_size, as a patch has one frame, and embed_dim.
 DEFAULTS: Fields = {
     "depth": 24,
     "hidden_size": 1024,
@@ -23,7 +23,6 @@ DEFAULTS: Fields = {
     "in_channels": 3,
     "patch_size": 14,
     "spatial_merge_size": 2,
-    "temporal_patch_size": 1,
     "layer_norm_eps": 1e-5,
     "text_hidden_size": 2560,
 }
@@ -41,7 +40,7 @@ def visual(config: Config, where: str, **dtypes: Dtype) -> tuple[RiceViT, Concat
       PretrainedError: unsupported settings.
     """
     settings = with_defaults(config, DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "temporal_patch_size": (1,)}, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
     encoder = RiceViT(
         patch_size=settings["patch_size"],
         merge_size=settings["spatial_merge_size"],

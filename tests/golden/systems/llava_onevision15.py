@@ -18,6 +18,7 @@ NOT_COMPARED = {
     r"packed\.merged_as_coded": "the released ds/ code slices packed images wrongly: all but the first are shifted by "
     "a token; its training code, and one image at a time, give what is compared as image<n>.merged",
 }
+IMAGE = 151_655  # default of the released config
 
 
 def images_of(inputs: dict[str, np.ndarray]) -> list[Patches]:
@@ -65,14 +66,21 @@ def seen(model, images: list[Patches]) -> dict[str, np.ndarray]:
     return found
 
 
-def prompts(golden: comparison.Golden, images: list[Patches], image_id: int) -> dict[str, Row]:
+def num_first(images: list[Patches], merge_size: int, count: int) -> int:
+    """How many of the first images have `count` tokens, for a prompt of which the manifest names no image."""
+    ends = np.cumsum([0, *(len(image.patches) // merge_size**2 for image in images)])
+    (found,) = np.flatnonzero(ends == count)
+    return int(found)
+
+
+def prompts(golden: comparison.Golden, images: list[Patches], image_id: int, merge_size: int) -> dict[str, Row]:
     """Every prompt of the folder by its name, each with the images that the manifest names."""
     rows = {}
     for key in (key for key in golden.entries if key.endswith(".input_ids")):
         (ids,) = golden.inputs[key]
         where = ids == image_id
-        named = comparison.named_pictures(golden.entries[key]["meaning"]) if where.any() else []
-        shown = [images[number] for number in named]
+        shown = [images[number] for number in comparison.named_pictures(golden.entries[key]["meaning"])]
+        shown = shown or images[: num_first(images, merge_size, where.sum())]
         patches = Patches(*map(np.concatenate, zip(*shown, strict=True))) if shown else None
         rows[key.removesuffix(".input_ids")] = language.at(ids, where, np.arange(where.sum()), patches)
     return rows
@@ -97,7 +105,8 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     golden = comparison.read(folder)
     model = vlm_jax.from_pretrained(folder)
     images = images_of(inputs)
-    found = seen(model, images) | spoken(model, golden, prompts(golden, images, model.config["image_token_id"]))
+    rows = prompts(golden, images, model.config.get("image_token_id", IMAGE), model.module.encoder.merge_size)
+    found = seen(model, images) | spoken(model, golden, rows)
     return {
         name: np.asarray(array)
         for name, array in found.items()
