@@ -47,6 +47,12 @@ ROWS = (
         live="conversation to answer, and back",
     ),
     Row(
+        "LLaVA-OneVision 1.5",
+        ("llavaonevision1_5", "rice_vit"),
+        "native resolution with a class token per image (RICE-ViT), merger, Qwen3",
+        "features, logits, loss, greedy ids; of one image at a time, as the release's code slices several wrongly",
+    ),
+    Row(
         "MobileVLM, MobileVLM V2",
         ("mobilevlm",),
         "CLIP tower, LDP, MobileLLaMA",
@@ -113,7 +119,7 @@ ROWS = (
         "Llama, Mistral, Qwen2, Qwen3, InternLM2, DeepSeek-V2",
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
-            *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2"),
+            *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
         ),
         "only the language model",
         "InternLM2 inside InternVL",

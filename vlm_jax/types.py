@@ -179,6 +179,7 @@ class PatchFormat:
       merge_size: side in patches of the blocks in which patches are ordered.
       window: side of an attention window in blocks; None where no layer has windows.
       channels_last: a patch is flattened as (frame, row, column, channel).
+      class_tokens: each image, or temporal patch of a video, has a place for a class token.
     """
 
     patch_size: int
@@ -186,6 +187,7 @@ class PatchFormat:
     merge_size: int = 1
     window: int | None = None
     channels_last: bool = False
+    class_tokens: bool = False
 
     @property
     def block_size(self) -> int:
@@ -261,7 +263,8 @@ class PackedPatches:
 
     The processor's order of patches is that of the released systems: by image, by
     frame, by blocks of merge_size x merge_size neighbours in row-major order, and row-major inside a block.
-    With windows the order in the sequence may differ; features are returned in the processor's order.
+    With windows the order in the sequence may differ; features are returned in the processor's order. The places of
+    class tokens, which an encoder adds, are after all patches.
 
     Attributes:
       patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or according to
@@ -274,6 +277,7 @@ class PackedPatches:
         where window_ids is None.
       window_length: patches of a row of whole windows, the maximum size of a window; 0
         without windows.
+      class_tokens: True at the places of class tokens, one per segment; None where there are none.
       images: positions of the images' tokens, where a reducer needs them, else None.
     """
 
@@ -284,6 +288,7 @@ class PackedPatches:
     window_ids: Int[Array, "B N"] | None = None
     order: Int[Array, "B N"] | None = None
     window_length: int = static_field(default=0)
+    class_tokens: Bool[Array, "B N"] | None = None
     images: PackedImages | None = None
 
 

@@ -197,6 +197,17 @@ FOLDERS = {
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
     ),
+    "llavaonevision1_5": Folder(
+        {
+            "model_type": "llavaonevision1_5",
+            "vision_config": {**QWEN_TOWER, "depth": 2, "intermediate_size": 40, "text_hidden_size": 32},
+            "text_config": {**TEXT, "model_type": "LLaVAOneVision1_5_text", "head_dim": 8},
+        },
+        names=_QWEN,
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
     "internvl_chat": Folder(
         {"llm_config.vocab_size": VOCABULARY, "max_dynamic_patch": 3},
         golden="internvl2_qwen2",

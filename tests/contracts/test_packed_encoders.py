@@ -18,7 +18,11 @@ from .kinds import leaves, small
 
 SIZES = {"patch_size": 2}
 WINDOWS = {"window_size": 8, "full_layers": (1,)}
-FIELDS = {"naflex": [{"table_grid": (3, 5)}], "qwen_vit": [{}, WINDOWS], "siglip2_navit": [{}, WINDOWS]}
+FIELDS = {
+    "naflex": [{"table_grid": (3, 5)}],
+    "qwen_vit": [{}, WINDOWS],
+    "siglip2_navit": [{}, WINDOWS],
+}
 KINDS = [
     pytest.param(kind, i, id=f"{kind}-{i}") for kind in PACKED_ENCODERS for i in range(len(FIELDS.get(kind, [{}])))
 ]
@@ -34,7 +38,8 @@ def packed_for(encoder, batch=2):
     for i in range(batch):
         grids = GRIDS if i % 2 else GRIDS[::-1]
         patches = rng.normal(size=(int(np.prod(grids, axis=1).sum()), size)).astype(np.float32)
-        rows.append(pack_patches(patches, grids, merge_size=form.merge_size, window=form.window, length=LENGTH))
+        packing = {"merge_size": form.merge_size, "window": form.window, "class_tokens": form.class_tokens}
+        rows.append(pack_patches(patches, grids, **packing, length=LENGTH))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 

@@ -50,6 +50,7 @@ TOKENS = {
     "llava": (16, 1),
     "llava_llama": (36, 1),
     "llava_next": (16, 3),
+    "llavaonevision1_5": (10, 1),
     "mobilevlm": (144, 1),
     "multi_modality": (144, 1),
     "ovis": (9, 1),
@@ -60,7 +61,7 @@ TOKENS = {
     "qwen2_vl": (10, 1),
     "qwen3_vl": (10, 1),
 }
-PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PACKED = ("llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {

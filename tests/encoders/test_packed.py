@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.encoders.qwen_vit import QwenViT
+from vlm_jax.encoders.rice_vit import RiceViT
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.processors.patches import pack_patches
 
@@ -19,6 +20,7 @@ GRIDS = [(1, 6, 4), (2, 4, 10)]
 KINDS = {
     "qwen2_vl": QwenViT(**SIZES, activation="quick_gelu", gated=False, norm="layer"),
     "qwen2_5_vl": QwenViT(**SIZES, **WINDOWS),
+    "rice_vit": RiceViT(**SIZES),
     "siglip2_navit": Siglip2NaViT(**SIZES, table_side=5),
     "siglip2_navit in windows": Siglip2NaViT(**SIZES, **WINDOWS, table_side=None),
 }
@@ -28,7 +30,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def packed_for(encoder, grids=GRIDS, seed=0, **more):
     count = int(np.prod(grids, axis=1).sum())
     patches = np.random.default_rng(seed).normal(size=(count, encoder.patch_dim)).astype(np.float32)
-    return pack_patches(patches, grids, merge_size=encoder.merge_size, window=encoder.window, **more)
+    return pack(encoder, patches, grids, **more)
+
+
+def pack(encoder, patches, grids, **more):
+    form = encoder.patch_format
+    return pack_patches(
+        patches, grids, merge_size=form.merge_size, window=form.window, class_tokens=form.class_tokens, **more
+    )
 
 
 @functools.cache
@@ -60,9 +69,7 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     start = 0
     for grid in [(1, 6, 4), (1, 4, 10), (1, 4, 10)]:  # a video's frames are images of their own
         stop = start + grid[1] * grid[2]
-        alone = pack_patches(
-            patches[start:stop], [grid], merge_size=encoder.merge_size, window=encoder.window, length=192
-        )
+        alone = pack(encoder, patches[start:stop], [grid], length=192)
         features = encode(kind)(params_of(kind), alone)
         expected = together.tokens[0, start:stop]
         np.testing.assert_allclose(features.tokens[0, : len(expected)], expected, atol=1e-4)
@@ -77,7 +84,7 @@ def test_the_grid_is_known_before_init(kind):
     packed = packed_for(encoder, [(1, 6, 10)])
     features = jax.eval_shape(encoder.apply, params_of(kind), packed)
     assert features.tokens.shape[1] == packed.segment_ids.size
-    assert np.sum(packed.segment_ids > 0) == rows * cols
+    assert np.sum(packed.segment_ids > 0) == rows * cols + encoder.class_tokens
     for size in ((12, 18), (6, 20), (0, 4)):
         with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* multiple of 4"):
             encoder.grid(*size)
@@ -119,6 +126,41 @@ def test_levels_are_hidden_states_beside_the_attention():
     assert found.saliency is not None
     expected = np.concatenate([hidden[0], hidden[2], hidden[4]], axis=-1)
     np.testing.assert_allclose(found.levels[0, :104], expected[0, :104], atol=1e-4)
+
+
+def test_saliency_is_the_attention_of_the_class_token():
+    encoder = KINDS["rice_vit"].clone(depth=1, use_rope=False)
+    packed = packed_for(encoder, [(1, 2, 4), (1, 2, 2)])
+    shapes = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), packed))["params"]
+    random = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+    x = np.concatenate([packed.patches[0, :12] @ params["patch_embed"]["kernel"], params["class_token"].repeat(2, 0)])
+    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["layers"])
+    for norm in (params["pre_norm"], block["attention_norm"]):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+    query, key = (
+        (x @ block["attention"][name]["kernel"] + block["attention"][name]["bias"]).reshape(14, 2, 8)
+        for name in ("query", "key")
+    )
+    expected = np.zeros(14)
+    for own, patches in ((12, range(8)), (13, range(8, 12))):
+        logits = np.einsum("hd,khd->hk", query[own], key[[*patches, own]]) / np.sqrt(8)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        expected[list(patches)] = (weights / weights.sum(-1, keepdims=True)).mean(0)[:-1]
+    found = jax.jit(encoder.clone(saliency="heads").apply)({"params": params}, packed)
+    np.testing.assert_allclose(found.saliency[0, :12], expected[:12], atol=1e-5)
+
+
+def test_class_tokens_need_their_places_and_whole_images():
+    encoder = KINDS["rice_vit"]
+    packed = packed_for(KINDS["siglip2_navit"])
+    with pytest.raises(ValueError, match=tried("no places for class tokens; pack with class_tokens={True}")):
+        encoder.init(jax.random.key(0), packed)
+    assert jax.eval_shape(encoder.init, jax.random.key(0), packed_for(encoder))
+    windows = tried("no layer can have windows; leave window_size and full_layers out")
+    with pytest.raises(ValueError, match=windows):
+        _ = encoder.clone(**WINDOWS).patch_format
+    assert encoder.patch_format.window is None
 
 
 def test_levels_that_are_not_computed_are_refused():

@@ -188,7 +188,8 @@ def patches_of(packed):
     """In the processor's order, without padding."""
     patches = np.asarray(packed.patches[0])
     patches = patches if packed.order is None else patches[packed.order[0]]
-    return patches[: int((packed.segment_ids[0] > 0).sum())]
+    classes = 0 if packed.class_tokens is None else packed.class_tokens[0].sum()
+    return patches[: int((packed.segment_ids[0] > 0).sum() - classes)]
 
 
 def deepseek_vl_processor(size=32):

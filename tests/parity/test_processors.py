@@ -157,6 +157,28 @@ def test_a_video_file(tmp_path, kind):
     same_video(processor(ABOUT_A_VIDEO, videos=[path]), expected, model, theirs)
 
 
+def test_qwen_with_patches_of_one_frame(tmp_path):
+    """LLaVA-OneVision 1.5, which was released with Qwen2.5-VL's processor so set, and reads positions on one axis."""
+    theirs, *_ = qwen("qwen2_5_vl", tmp_path)
+    theirs.image_processor.temporal_patch_size = theirs.video_processor.temporal_patch_size = 1
+    vision = {"patch_size": 4, "spatial_merge_size": 2}
+    processor = qwen_hf.processor_of_frames(*save(theirs, tmp_path, model_type="any", vision_config=vision))
+    for images in (pictures(1), pictures(5)[3:]):
+        ours, expected = (
+            processor(conversation(len(images)), images),
+            official(theirs, conversation(len(images)), images),
+        )
+        same_ids(ours, expected)
+        same_patches(ours, expected)
+        np.testing.assert_array_equal(ours.images.class_tokens.sum(), len(images))
+    ours = processor(ABOUT_A_VIDEO, videos=[frames(5)], fps=1.0)
+    expected = official_video(theirs, ABOUT_A_VIDEO, frames(5), 1.0)
+    same_ids(ours, expected)
+    np.testing.assert_allclose(patches_of(ours.images), expected["pixel_values_videos"], atol=1e-5)
+    assert ours.images.class_tokens.sum() == 5
+    np.testing.assert_array_equal(ours.positions[0], np.arange(ours.tokens.shape[1]))
+
+
 def test_settings_in_files_of_their_own(tmp_path):
     """As older releases have them."""
     _, _, processor = qwen("qwen2_vl", tmp_path)

@@ -11,6 +11,8 @@ _CLIP_UNUSED = 12_596_224 + 2048  # CLIP's last block and norm, which LLaVA and 
 _SIGLIP_L_HEAD, _SO400M_HEAD = 12_595_200, 15_238_352  # timm's attention pooling, which DeepSeek-VL does not use
 _LLAMA_7B, _LLAMA_13B, _MISTRAL_7B = 6_738_415_616, 13_015_864_320, 7_241_732_096  # model cards, to the last one
 _CLIP_L_336 = 303_507_456  # the image tower, by transformers 5.23
+_QWEN3_4B, _QWEN3_8B = 4_022_468_096, 8_190_735_360  # of their files
+_RICE = _CLIP_L_336 - 577 * 1024 - 2 * 1024 + 32 + 2 * 1024 + 4097 * 4096  # and the merger but for its last layer
 
 # Published number of parameters -> how many of them nothing here reads, or the files hold twice. A number is a
 # count of transformers 5.23 on the meta device or of a model card; a string is billions by the page on the hub.
@@ -90,6 +92,10 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
         _MISTRAL_7B + 2 * 64 * 4096 + _CLIP_L_336 + 5121 * 4096 + 4096 + 4096,
         _CLIP_UNUSED,
     ),
+    # 4.7 and 8.5 billion by the README: Qwen3, of 4B with a head of its own; CLIP's tower without positions and its
+    # last norm but with the angles of its class token; a merger of a norm and two linear layers.
+    "lmms-lab/LLaVA-OneVision-1.5-4B-Instruct": (_QWEN3_4B + 151_936 * 2560 + _RICE + 4097 * 2560, 0),
+    "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct": (_QWEN3_8B + _RICE + 4097 * 4096, 0),
     "mtgv/MobileVLM_V2-1.7B": ("1.7", _CLIP_UNUSED),
     "mtgv/MobileVLM_V2-3B": ("3.0", _CLIP_UNUSED),
     # Two linear layers, and a 3x3 depthwise convolution.

@@ -19,6 +19,7 @@ BY_THEMSELVES = (
     "internvl12_llama",
     "internvl15_internlm2",
     "internvl2_qwen2",
+    "llava_onevision15",
     "ovis2",
     "ovis2_5_window",
     "ovis2_hf",
@@ -67,6 +68,10 @@ def test_the_defaults_of_internvl_are_those_of_the_6b_model():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (
+            {"model_type": "llavaonevision1_5", "vision_config": {"hidden_act": "tanh"}},
+            "llavaonevision1_5.vision_config.hidden_act: expected .*, got 'tanh'",
+        ),
         ({"model_type": "internvl_chat"}, "internvl_chat: expected the keys vision_config, llm_config"),
         (
             {"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}, "ps_version": "v3"},

@@ -78,6 +78,23 @@ def test_without_windows_patches_keep_their_places():
     assert not packed.patches[0, 108:].any() and (packed.sizes > 0).all()
 
 
+@pytest.mark.parametrize(("length", "places"), [(None, 112), (120, 120)])
+def test_class_tokens_have_places_after_all_patches(length, places):
+    packed = pack_patches(numbered(GRIDS), GRIDS, merge_size=2, length=length, class_tokens=True)
+    padding = [0] * (places - 112)
+    expected = [*np.repeat([1, 2, 3, 4], [24, 40, 40, 4]), 1, 2, 3, 4, *padding]
+    np.testing.assert_array_equal(packed.segment_ids[0], expected)
+    np.testing.assert_array_equal(packed.class_tokens[0], np.isin(np.arange(places), np.arange(108, 112)))
+    assert not packed.patches[0, 108:].any()
+    # A block for up to four frames; a video of five needs two.
+    assert num_places((1, 6, 4), 2, None, True) == 28 and num_places((5, 2, 4), 2, None, True) == 48
+    assert packed_length(10, PatchFormat(2, merge_size=2, class_tokens=True), 5) == 48
+    with pytest.raises(ValueError, match=r"108 patches and 4 class tokens need a length of 112, but length is 108"):
+        pack_patches(numbered(GRIDS), GRIDS, merge_size=2, length=108, class_tokens=True)
+    with pytest.raises(ValueError, match=tried("of which windows hold parts; set window to {None}")):
+        pack_patches(numbered(GRIDS), GRIDS, merge_size=2, window=2, class_tokens=True)
+
+
 def test_windows_of_blocks_are_numbered_row_by_row():
     # 3x2 blocks, then two frames of 2x5 blocks, then one block, in windows of 2x2.
     expected = [1, 1, 1, 1, 2, 2, *([3, 3, 4, 4, 5] * 2), *([6, 6, 7, 7, 8] * 2), 9]

@@ -144,7 +144,7 @@ def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: An
         most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
         unit = form.block_size**2
         views = NativeViews(pixels, form, bounded_size, least * unit, most * unit, block_tokens)
-        load = packed_length(num_slots * most, form)
+        load = packed_length(num_slots * most, form, num_slots)
         return Vision(encoder, None, connector, views, None, num_slots * budget, num_slots * budget, load)
 
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)

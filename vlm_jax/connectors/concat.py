@@ -1,4 +1,4 @@
-"""The patch merger of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: k x k neighbours are concatenated and projected by an MLP."""
+"""The patch merger of Qwen2-VL to Qwen3-VL and LLaVA-OneVision 1.5: k x k neighbours concatenated, then an MLP."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class Concat(WholeSquares, nn.Module):
     Attributes:
       features: the decoder's width D.
       factor: side of a square in features, solved from the budget; divides rows and columns.
-      norm: `layer` in Qwen2-VL and Qwen3-VL, `rms` in Qwen2.5-VL.
+      norm: `rms` in Qwen2.5-VL, `layer` in the others.
       levels: number of hidden states that have mergers.
       norm_epsilon: its epsilon.
       dtype: dtype of the products.

@@ -16,6 +16,7 @@ from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.qwen_vit import QwenViT
 from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.rice_vit import RiceViT
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.encoders.vit import ViT
@@ -25,5 +26,6 @@ COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {"hybrid": Hybrid, "multiscale
 PACKED_ENCODERS: Mapping[str, type[PackedEncoder]] = {
     "naflex": NaflexViT,
     "qwen_vit": QwenViT,
+    "rice_vit": RiceViT,
     "siglip2_navit": Siglip2NaViT,
 }

@@ -100,7 +100,18 @@ class PackedTrunk(nn.Module, kw_only=True):
     @property
     def patch_format(self) -> PatchFormat:
         """How images are patchified and packed."""
-        return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
+        return PatchFormat(
+            self.patch_size,
+            self.temporal_patch_size,
+            self.merge_size,
+            self.window,
+            class_tokens=self.class_tokens,
+        )
+
+    @property
+    def class_tokens(self) -> bool:
+        """Whether each image has a class token, which attends and is attended to, but is no feature."""
+        return False
 
     def checked(self, packed: PackedPatches) -> PackedPatches:
         """The patches as device arrays.
@@ -108,7 +119,13 @@ class PackedTrunk(nn.Module, kw_only=True):
         Raises:
           ValueError: they were made or packed for another encoder.
         """
-        return check_packed(packed, self.patch_dim, self.merge_size, self.window)
+        return check_packed(packed, self.patch_dim, self.merge_size, self.window, class_tokens=self.class_tokens)
+
+    def angles(self, packed: PackedPatches) -> Float[Array, "B N half"] | None:
+        """Rotary angles of every place by its row and column, or None without 2D RoPE."""
+        if not self.use_rope:
+            return None
+        return rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
 
     def encode(self, x: Float[Array, "B N D"], packed: PackedPatches, *, collect: bool) -> VisualFeatures:
         """Runs the blocks; to be called inside a subclass's compact `__call__`.
@@ -119,8 +136,6 @@ class PackedTrunk(nn.Module, kw_only=True):
           collect: also returns the input of every block and the output of the last in `hidden`.
         """
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-        head_dim = self.width // self.num_heads
-        angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None
         depth = blocks_up_to(self.select_layer, self.depth)
         levels = self._level_numbers(depth)
         stack = WindowedStack(
@@ -141,7 +156,7 @@ class PackedTrunk(nn.Module, kw_only=True):
             levels=levels,
             name="blocks",
         )
-        x, states, attended = stack(x, packed, angles, collect=collect)
+        x, states, attended = stack(x, packed, self.angles(packed), collect=collect)
         found = packed_features(x, packed, states if collect else None, block=self.merge_size)
         if levels:
             assert states is not None
@@ -203,7 +218,9 @@ def window_in_blocks(window_size: int, patch_size: int, merge_size: int) -> int:
     return window
 
 
-def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
+def check_packed(
+    packed: PackedPatches, patch_dim: int, merge_size: int, window: int | None, *, class_tokens: bool = False
+) -> PackedPatches:
     """Returns the patches as device arrays after checking that they fit the encoder.
 
     Raises:
@@ -220,6 +237,9 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
             f"expected patches packed in windows of {expected} (window={window} blocks of "
             f"{merge_size}x{merge_size}), got {packed.window_length}"
         )
+    if class_tokens != (packed.class_tokens is not None):
+        have = "no places" if class_tokens else "places"
+        raise ValueError(f"the patches were packed with {have} for class tokens; pack with class_tokens={class_tokens}")
     return jax.tree.map(jnp.asarray, packed)
 
 
@@ -234,8 +254,10 @@ def packed_features(
       hidden: hidden states of the patches.
       block: side of the blocks of neighbours in which the patches are ordered.
     """
-    real = (packed.segment_ids != PADDING_SEGMENT).astype(jnp.float32)[..., None]
-    mask = restore_order(real, packed)[..., 0] > 0
+    real = packed.segment_ids != PADDING_SEGMENT
+    if packed.class_tokens is not None:
+        real &= ~packed.class_tokens
+    mask = restore_order(real.astype(jnp.float32)[..., None], packed)[..., 0] > 0
     tokens = restore_order(x, packed)
     states = None if hidden is None else restore_order(hidden, packed)
     return VisualFeatures(tokens, mask, (block, tokens.shape[1] // block), hidden=states, block=block)

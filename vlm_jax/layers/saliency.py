@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.attention import Context, allowed
 from vlm_jax.layers.local_rows import row_by_row
@@ -59,20 +59,25 @@ def head_saliency(
     return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
 
-def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
+def segment_saliency(heads: Heads, context: Context, queries: Bool[Array, "B T"] | None = None) -> Float[Array, "B T"]:
     """Softmax attention that each token gets: the mean over heads, and over the queries of its segment; float32.
 
     Args:
       heads: of the layer, with as many queries as keys.
       context: full attention inside segments, and inside blocks; padding is excluded.
+      queries: which queries count, where those of a segment are not all alike; all when None.
     """
     if context.block is not None:
         shape = heads.query.shape[:2]
         folded = Heads(*(x.reshape(-1, context.block, *x.shape[2:]) for x in heads))
-        return segment_saliency(folded, context.of_blocks()).reshape(shape)
+        chosen = None if queries is None else queries.reshape(-1, context.block)
+        return segment_saliency(folded, context.of_blocks(), chosen).reshape(shape)
     segments = context.query_segments
     if segments is None:
-        return attention_saliency(heads, context, jnp.ones(heads.query.shape[:2]))
+        every = jnp.ones(heads.query.shape[:2]) if queries is None else queries.astype(jnp.float32)
+        return attention_saliency(heads, context, every)
+    if queries is not None:
+        segments = jnp.where(queries, segments, PADDING_SEGMENT)
     real = segments != PADDING_SEGMENT
     return _received(heads, context, real / jnp.maximum(_sizes(segments), 1))
 

@@ -98,7 +98,7 @@ class WindowedStack(nn.Module):
       full_layers: indices of the layers that attend to a whole image; None for all.
       saliency: also returns the attention that each patch gets in the last layer: averaged over `heads`, or of
         all heads `joined` into one, and over the queries of the same segment (of the same window where the
-        last layer is windowed).
+        last layer is windowed), or from its class token alone where there is one.
       levels: numbers of the hidden states to return, in ascending order: 0 is the input, `depth` the last output.
       remat: as in `TransformerStack`.
 
@@ -242,7 +242,7 @@ class _Layers:
         policy = None if remat == "none" else REMAT_POLICIES[remat]
         self._block, self._remat = block, remat
         self._layer = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        self._collect = collect
+        self._collect, self._queries = collect, packed.class_tokens
         self._contexts = {"full": Context("full", packed.segment_ids, packed.segment_ids, angles=angles)}
         if packed.window_ids is not None:
             windows = packed.window_ids
@@ -262,7 +262,7 @@ class _Layers:
         x, sown = halves(x, params)
         heads = Heads(sown["queries"], sown["keys"])
         looking = heads.joined() if saliency == "joined" else heads
-        return x, Attended(segment_saliency(looking, context), heads.key)
+        return x, Attended(segment_saliency(looking, context, self._queries), heads.key)
 
     def __call__(self, state: _State, each: Tree, kinds: tuple[Kind, ...]) -> tuple[_State, Tree]:
         """Runs layers of `kinds` with stacked parameters and slots; returns the state and [layers, B, N, D] or None."""

@@ -40,6 +40,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "vit": ("pooler.dense.weight",),
 }
+_KEYS["llavaonevision1_5"] = _KEYS["qwen2_vl"]
 _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
 
 

@@ -19,12 +19,22 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.internlm2 import internlm2
-from vlm_jax.pretrained.llama import llama, mistral, qwen2, qwen2_vl, qwen3, qwen3_moe, qwen3_vl
+from vlm_jax.pretrained.llama import (
+    llama,
+    llava_onevision15,
+    mistral,
+    qwen2,
+    qwen2_vl,
+    qwen3,
+    qwen3_moe,
+    qwen3_vl,
+)
 from vlm_jax.pretrained.qwen import qwen
 from vlm_jax.types import Batch, Config, Dtype
 
 # Model type of a released config -> its function, with the arguments of `language_model`.
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
+    "LLaVAOneVision1_5_text": llava_onevision15,
     "deepseek_v2": deepseek_v2,
     "internlm2": internlm2,
     "llama": llama,

@@ -84,6 +84,18 @@ QWEN3_MOE_DEFAULTS: Fields = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
+# EvolvingLMMs-Lab/LLaVA-OneVision-1.5, configuration_llavaonevision1_5.py, LLaVAOneVision1_5_TextConfig.
+LLAVA_ONEVISION_15_DEFAULTS: Fields = {
+    **QWEN3_DEFAULTS,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262_144,
+    "rope_theta": 5_000_000.0,
+    "sliding_window": None,
+    "max_window_layers": 36,
+}
 QWEN2_VL_DEFAULTS: Fields = {
     **QWEN2_DEFAULTS,
     "vocab_size": 152_064,
@@ -215,6 +227,18 @@ def qwen3(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **
 def qwen3_moe(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """Qwen3 with experts in every layer, of which the released files have separate tensors."""
     return llama(config, checkpoint, where, defaults=QWEN3_MOE_DEFAULTS, qk_norm=True, separate=True, **more)
+
+
+def llava_onevision15(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """The language model of LLaVA-OneVision 1.5: Qwen3, whose visual tokens have positions on one axis as text has.
+
+    M-RoPE sections of a config are ignored, as in the release.
+    """
+    scaling = config.get("rope_scaling") or {}
+    if "mrope_section" in scaling:
+        plain = {key: value for key, value in scaling.items() if key != "mrope_section"}
+        config = {**config, "rope_scaling": plain}
+    return llama(config, checkpoint, where, defaults=LLAVA_ONEVISION_15_DEFAULTS, qk_norm=True, **more)
 
 
 def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:

@@ -155,8 +155,9 @@ def describe(
     )
 
 
-def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
+def packed_shapes(patch_dim: int, merge_size: int, window: int | None, *, class_tokens: bool = False) -> PackedPatches:
     """Shapes of the smallest image that can be packed for an encoder."""
     patches = np.zeros((merge_size**2, patch_dim), np.float32)
-    packed = pack_patches(patches, [(1, merge_size, merge_size)], merge_size=merge_size, window=window)
+    grid = (1, merge_size, merge_size)
+    packed = pack_patches(patches, [grid], merge_size=merge_size, window=window, class_tokens=class_tokens)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)

@@ -1,4 +1,4 @@
-"""Images and videos at native resolution, as packed patches: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Ovis 2.5."""
+"""Images and videos at native resolution, as packed patches: Qwen2-VL to Qwen3-VL, Ovis 2.5, others."""
 
 import dataclasses
 import math
@@ -263,14 +263,19 @@ class NativeViews:
 
     def _load(self, num_slots: int, size: Size) -> int:
         grid = (num_slots, size[0] // self.format.patch_size, size[1] // self.format.patch_size)
-        return num_places(grid, self.format.merge_size, self.format.window)
+        return num_places(grid, self.format.merge_size, self.format.window, self.format.class_tokens)
 
     def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> PackedPatches | None:
         """The patches of every row as one sequence, all of one length."""
         if capacity == 0 or (capacity is None and not any(rows)):
             return None
         form = self.format
-        settings: Fields = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
+        settings: Fields = {
+            "merge_size": form.merge_size,
+            "window": form.window,
+            "length": capacity,
+            "class_tokens": form.class_tokens,
+        }
         channels = len((self.video_pixels or self.pixels).mean)
         none = np.zeros((0, channels * form.temporal_patch_size * form.patch_size**2), np.float32)
         patches = [np.concatenate([none, *(image.pixels for image in row)]) for row in rows]

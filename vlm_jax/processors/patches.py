@@ -66,6 +66,7 @@ def pack_patches(
     merge_size: int = 1,
     window: int | None = None,
     length: int | None = None,
+    class_tokens: bool = False,
 ) -> PackedPatches:
     """Packs the patches of several images into one sequence, a batch of 1; without images, only padding.
 
@@ -80,22 +81,29 @@ def pack_patches(
       window: side of an attention window, in blocks; None where no layer has windows.
       length: length of the sequence, for static shapes; as short as possible when
         None.
+      class_tokens: also gives every image or frame a place after all patches, for a class token.
 
     Raises:
-      ValueError: the grids do not fit the patches, the blocks, or the length.
+      ValueError: the grids do not fit the patches, the blocks, or the length; or class tokens with windows.
     """
     units = _checked(len(patches), grids, merge_size)
+    if class_tokens and window is not None:
+        raise ValueError("class tokens attend to whole images, of which windows hold parts; set window to None")
     block = merge_size**2
     row_length = block if window is None else window**2 * block
     windows = None if window is None else window_of_blocks(grids, merge_size, window)
     places = np.arange(units) if windows is None else _fill_rows(windows, row_length // block)
     if length is not None and window is not None and places.max(initial=-1) * block >= length:
         places = _one_after_another(grids, merge_size, window)  # never more than each image needs by itself
-    needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length
+    positions, sizes, segments = _of_patches(grids, merge_size)
+    num_classes = int(segments.max(initial=0)) if class_tokens else 0
+    added = -(-num_classes // block) * block
+    needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length + added
     length = needed if length is None else length
     if length < needed or length % row_length:
+        beside = f" and {num_classes} class tokens" if num_classes else ""
         raise ValueError(
-            f"{units * block} patches need a length of {needed}, but length is {length}; pass a "
+            f"{units * block} patches{beside} need a length of {needed}, but length is {length}; pass a "
             f"multiple of {row_length} that is at least {needed}, or fewer images"
         )
     # In the processor's order: the index of every patch in the sequence.
@@ -106,30 +114,33 @@ def pack_patches(
         sequence[0, place] = values
         return sequence
 
-    positions, sizes, segments = _of_patches(grids, merge_size)
     order = None
     if windows is not None:
         order = np.concatenate([place, np.setdiff1d(np.arange(length), place)])[None].astype(np.int32)
+    segment_ids = laid_out(segments, PADDING_SEGMENT)
+    classes = len(place) + np.arange(num_classes)
+    segment_ids[0, classes] = 1 + np.arange(num_classes)
     return PackedPatches(
         patches=laid_out(patches, 0),
         positions=laid_out(positions, 0),
         sizes=laid_out(sizes, 1),
-        segment_ids=laid_out(segments, PADDING_SEGMENT),
+        segment_ids=segment_ids,
         window_ids=None if windows is None else laid_out(np.repeat(windows, block), PADDING_SEGMENT),
         order=order,
         window_length=0 if window is None else row_length,
+        class_tokens=np.isin(np.arange(length), classes)[None] if class_tokens else None,
     )
 
 
-def num_places(grid: Grid3D, merge_size: int, window: int | None) -> int:
+def num_places(grid: Grid3D, merge_size: int, window: int | None, class_tokens: bool = False) -> int:
     """Sequence length of one image or video; an upper bound for several is the sum.
 
     Args:
       grid: frames, rows and columns of patches.
-      merge_size, window: as in `pack_patches`.
+      merge_size, window, class_tokens: as in `pack_patches`.
     """
     if window is None:
-        return math.prod(grid)
+        return math.prod(grid) + (-(-grid[0] // merge_size**2) * merge_size**2 if class_tokens else 0)
     return _num_rows(grid, merge_size, window) * (window * merge_size) ** 2
 
 
@@ -168,14 +179,16 @@ def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: in
     return np.concatenate(found).astype(np.int32)
 
 
-def packed_length(blocks: int, format: PatchFormat) -> int:
-    """A sequence length sufficient for any image of at most `blocks` blocks.
+def packed_length(blocks: int, format: PatchFormat, num_slots: int = 1) -> int:
+    """A sequence length sufficient for any image of at most `blocks` blocks, in `num_slots` temporal patches.
 
     With windows, rows of whole windows are filled first-fit: any two rows together have more blocks than one
     can hold, so there are fewer than 2 * blocks / capacity rows.
     """
     if format.window is None:
-        return blocks * format.merge_size**2
+        return num_places((num_slots, 1, 1), format.merge_size, None, format.class_tokens) + (
+            blocks * format.merge_size**2 - num_slots
+        )
     room = format.window**2
     return max(1, -(-2 * blocks // room) - 1) * room * format.merge_size**2
 

@@ -107,7 +107,10 @@ def _images(given: Sequence[np.ndarray | Patches | None], module: Any) -> np.nda
         return None
     if isinstance(kinds[0], Patches):
         pack = functools.partial(
-            patches.pack_patches, merge_size=module.encoder.merge_size, window=module.encoder.window
+            patches.pack_patches,
+            merge_size=module.encoder.merge_size,
+            window=module.encoder.window,
+            class_tokens=module.encoder.class_tokens,
         )
         none = Patches(kinds[0].patches[:0], kinds[0].grids[:0])
         packed = [pack(*(none if images is None else images)) for images in given]

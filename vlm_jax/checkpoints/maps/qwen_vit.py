@@ -6,14 +6,12 @@ from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, fused, layer_
 from vlm_jax.checkpoints.rules import Rule
 
 
-def encoder_rules(
-    *, width: int, window: tuple[int, int, int, int], gated: bool, table: bool = False
-) -> tuple[Rule, ...]:
+def encoder_rules(*, width: int, window: tuple[int, ...], gated: bool, table: bool = False) -> tuple[Rule, ...]:
     """Patches and blocks of a `QwenViT`, or of a `Siglip2NaViT` with its table where `table`.
 
     Args:
       width: residual width.
-      window: (channels, frames, rows, columns) of a patch.
+      window: the axes of a patch in the weight: (channels, frames, rows, columns), or without frames.
       gated: SwiGLU and RMSNorm (Qwen2.5-VL), else a plain feed-forward and LayerNorm (Qwen2-VL).
       table: whether there are a position table and a bias of the patches (Qwen3-VL).
     """

@@ -63,6 +63,7 @@ def _llava(folder: Folder, config: Config) -> Processor:
 
 # Model type of a released config (`family.marker`) -> function that creates its processor.
 _CONVERSATIONS: Mapping[str, MakesProcessor] = {
+    "LLaVAOneVision1_5_text": text.processor,
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
@@ -74,6 +75,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "llava": _llava,
     "llava_llama": llava.processor,
     "llava_next": llava_hf.processor_next,
+    "llavaonevision1_5": qwen_hf.processor_of_frames,
     "mistral": text.processor,
     "mobilevlm": llava.processor,
     "multi_modality": deepseek.processor,

@@ -1,10 +1,10 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and LLaVA-OneVision 1.5, which has their processor."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.encoders.packed import window_in_blocks
-from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.family import PretrainedError, check_supported
 from vlm_jax.pretrained.processing.settings import (
     HALF_STATISTICS,
     Folder,
@@ -45,33 +45,72 @@ LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder."""
-    settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
+    """The processor of a folder of Qwen2-VL or Qwen2.5-VL."""
     kind, vision = config["model_type"], config["vision_config"]
+    fields: Fields = {"max_tokens": VIDEO_TOKENS[kind], "rotary_3d": True, "released": as_released.Qwen25VL()}
+    if kind == "qwen2_5_vl":
+        fields["tokens_per_second"] = float(vision.get("tokens_per_second", QWEN2_5_DEFAULTS["tokens_per_second"]))
+        fields["window_size"] = vision.get("window_size", QWEN2_5_DEFAULTS["window_size"])
+    return _processor(folder, config, DEFAULTS, **fields)
+
+
+def processor_of_frames(folder: Folder, config: Config) -> Processor:
+    """The processor of a folder of LLaVA-OneVision 1.5: Qwen2.5-VL's, with patches of one frame.
+
+    Positions have one axis. Training learns the answers, as in ds/src/dataset/sft_dataset.py.
+
+    Raises:
+      PretrainedError: patches of several frames.
+    """
+    defaults: Fields = {**DEFAULTS, "temporal_patch_size": 1}
+    check_supported(image_settings(folder, defaults), {"temporal_patch_size": (1,)}, f"{folder}: image processor")
+    return _processor(folder, config, defaults, max_tokens=VIDEO_TOKENS["qwen2_5_vl"], class_tokens=True)
+
+
+def _processor(
+    folder: Folder,
+    config: Config,
+    defaults: Config,
+    *,
+    max_tokens: int,
+    rotary_3d: bool = False,
+    window_size: int | None = None,
+    tokens_per_second: float | None = None,
+    class_tokens: bool = False,
+    released: as_released.Released | None = None,
+) -> Processor:
+    """Images, and videos whose frames each are bounded, as the files of a folder state over `defaults`.
+
+    Args:
+      folder: of the checkpoint.
+      config: its config.
+      defaults: settings of images that no file states.
+      max_tokens: of a video.
+      rotary_3d, tokens_per_second: as in `NativeViews`.
+      window_size: side of an attention window, in pixels.
+      class_tokens: as in `PatchFormat`.
+      released: as in `TemplatePrompt`.
+    """
+    settings, videos = image_settings(folder, defaults), video_settings(folder)
     tokenizer = Tokenizer.from_folder(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
     patch, merge = settings["patch_size"], settings["merge_size"]
-    tokens_per_second = window = None
-    if kind == "qwen2_5_vl":
-        tokens_per_second = float(vision.get("tokens_per_second", QWEN2_5_DEFAULTS["tokens_per_second"]))
-        window = window_in_blocks(vision.get("window_size", QWEN2_5_DEFAULTS["window_size"]), patch, merge)
+    window = None if window_size is None else window_in_blocks(window_size, patch, merge)
     views = NativeViews(
         pixels(settings),
-        PatchFormat(patch, settings["temporal_patch_size"], merge, window),
+        PatchFormat(patch, settings["temporal_patch_size"], merge, window, class_tokens=class_tokens),
         qwen_size,
         least,
         most,
-        video_limits=VideoLimits(*_limits(videos, VIDEO_PIXELS), VIDEO_TOKENS[kind]),
+        video_limits=VideoLimits(*_limits(videos, VIDEO_PIXELS), max_tokens),
         video_pixels=video_pixels(folder, settings),
-        rotary_3d=True,
+        rotary_3d=rotary_3d,
         tokens_per_second=tokens_per_second,
     )
     template = ChatTemplate.from_folder(folder, tokenizer.names)
-    prompt = TemplatePrompt(
-        template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=as_released.Qwen25VL()
-    )
-    sampler = _sampler(videos)
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True, frame_sampler=sampler)
+    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=released)
+    pad, sampler = pad_id(tokenizer, config), _sampler(videos)
+    return Processor(prompt, views, tokenizer, pad, rotary_3d=rotary_3d, frame_sampler=sampler)
 
 
 def processor3(folder: Folder, config: Config) -> Processor:
