@@ -17,7 +17,8 @@ COLABS = pathlib.Path(__file__).resolve().parent
 ROOT = COLABS.parent
 EXECUTED = ROOT / "build" / "notebooks"
 TIMEOUT = 1800
-_FEW_STEPS = """config = digits_token_budget.get_config("small")
+_FEW_STEPS = """STEPS = {}
+config = digits_token_budget.get_config("small")
 from configs import digits_stages
 with config.unlocked():
     digits_stages.shrink(config.base.stages)
@@ -29,7 +30,8 @@ SHORT = {
     "fine_tune": {"EPOCHS = 12": "EPOCHS = 8"},
     "reduce_a_release": {
         'REDUCERS = "none,random,visionzip,divprune"': 'REDUCERS = "none,random,visionzip"',
-        'BUDGETS = "32,16,8,4"': 'BUDGETS = "32,8"',
+        'BUDGETS = "48,32,16"': 'BUDGETS = "32,16"',
+        "KEPT = (32, 16)": "KEPT = (16,)",
         "count=64": "count=32",
     },
     "look_inside": {},

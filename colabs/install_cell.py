@@ -18,16 +18,23 @@ import sys
 REPOSITORY = "{repository}"
 
 here = pathlib.Path.cwd()
-root = next((path for path in (here, *here.parents) if (path / "vlm_jax" / "types.py").exists()), None)
+clone = here / "vlm_jax_repository"
+root = next((path for path in (clone, here, *here.parents) if (path / "vlm_jax" / "types.py").exists()), None)
 if root is None:
-    root = here / "vlm_jax_repository"
-    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, str(root)], check=True)
-installed = {{one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}}
-pinned = [f"{{name}}=={{version}}" for name, version in installed.items() if name.startswith(("jax", "libtpu"))]
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, str(clone)], check=True)
+    root = clone
+installed = sorted({{(one.name or "").lower() for one in importlib.metadata.distributions()}})
+names = [name for name in installed if name in ("jax", "jaxlib", "libtpu") or name.startswith(("jax-", "jax_"))]
+pinned = [f"{{name}}=={{importlib.metadata.version(name)}}" for name in names]
 constraints = pathlib.Path("jax_as_installed.txt")
 constraints.write_text("\\n".join(pinned))
 %pip install --quiet --constraint {{constraints}} --editable {{root}}
 constraints.unlink()
+if "vlm_jax" not in [one.name for one in importlib.metadata.distributions()]:
+    raise RuntimeError(
+        f"pip did not install vlm_jax beside {{' '.join(pinned)}}; its reason is above. The lowest JAX is in "
+        f"{{root / 'setup.py'}}: take a runtime with a later one, or upgrade JAX, restart, and run this cell again."
+    )
 sys.path.insert(0, str(root))"""
 COLABS = pathlib.Path(__file__).resolve().parent
 FIRST_LINE = CELL.splitlines()[0]

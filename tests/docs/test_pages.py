@@ -3,7 +3,10 @@
 import re
 import sys
 
+import nbformat
 import pytest
+
+from colabs import execute
 
 from .sources import PAGES, ROOT, blocks, loose_flags, name_of, used_flags
 
@@ -12,6 +15,7 @@ sys.path.append(str(ROOT / "docs"))
 import config_keys
 import flag_tables
 import metric_tables
+import notebook_pages
 import system_tables
 
 OTHERS = {"spot", "logdir", "force_simple", "log_samples"}  # of gcloud, tensorboard and lmms-eval
@@ -136,3 +140,18 @@ def test_badges_say_what_setup_says():
     for badge, said in (("python", f"Python: {least} or newer"), ("jax", f"JAX: {jax} or newer")):
         assert f"<title>{said}</title>" in (ROOT / "docs" / "assets" / f"{badge}.svg").read_text()
     assert 'license="Apache-2.0"' in setup
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_the_page_of_a_notebook(monkeypatch, short):
+    """It says which form was run, names figures by their headings, links them, and leaves out the lines of logs."""
+    notebook = execute.read("plan_a_pod", short=short)
+    (cell,) = [cell for cell in notebook.cells if "axes.barh" in cell.source]
+    said = nbformat.v4.new_output("stream", text="I1130 14:10:42.552436 140378 loop.py:346] stage\nfits\n")
+    cell.outputs = [said, nbformat.v4.new_output("display_data", {"image/png": "cG5n"})]
+    monkeypatch.setattr(execute, "kept", lambda name: notebook)
+    text, figures = notebook_pages.page("plan_a_pod")
+    assert figures == {"plan_a_pod-0.png": b"png"}
+    figure = '[![Memory per chip](plan_a_pod-0.png){ loading="lazy" }](plan_a_pod-0.png)'
+    assert f'```\n\n<pre class="output">fits</pre>\n\n{figure}\n' in text
+    assert ("short form" in text) == short

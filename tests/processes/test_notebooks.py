@@ -1,6 +1,7 @@
 """Every notebook runs top to bottom in its short form, defines nothing, and begins with the same installation."""
 
 import ast
+import importlib.metadata
 import json
 import re
 
@@ -55,6 +56,25 @@ def test_a_notebook_begins_with_the_installation_and_has_no_outputs(name):
     assert install_cell.rewritten(text) == text
 
 
+@by_name
+def test_whatever_a_notebook_installs_leaves_the_installed_jax(name):
+    """tests/smoke/notebook_install.py runs these lines."""
+    lines = [line for cell in execute.read(name, short=False).cells for line in cell.source.splitlines()]
+    lines = [line for line in lines if re.search(r"\bpip3? +install|\buv +", line)]
+    assert lines and all(line.startswith("%pip install --quiet --constraint {constraints} ") for line in lines), lines
+
+
+def test_an_installation_that_failed_is_reported(tmp_path, monkeypatch):
+    """`%pip` prints an error of pip and goes on."""
+    (tmp_path / "vlm_jax").mkdir()
+    (tmp_path / "vlm_jax" / "types.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "distributions", list)
+    cell = compile(re.sub(r"^%pip .*$", "", install_cell.install_cell(), flags=re.M), "cell", "exec")
+    with pytest.raises(RuntimeError, match=re.escape(f"The lowest JAX is in {tmp_path / 'setup.py'}")):
+        exec(cell, {})
+
+
 def test_the_address_of_the_repository_is_in_one_place():
     """A change of it reaches all notebooks, and nothing else names it."""
     others = [path for path in COLABS.glob("*.py") if path.name != "install_cell.py"]
@@ -67,7 +87,7 @@ def test_the_address_of_the_repository_is_in_one_place():
 
 
 def test_a_notebook_that_is_opened_alone_finds_the_package(tmp_path, monkeypatch):
-    """Its cell clones the repository, pins the JAX that is there, and puts the clone on the path.
+    """Its cell clones the repository, pins the JAX that is there, puts the clone on the path, and can be run again.
 
     The environment of the tests stays as it is; tests/smoke/notebook_install.py installs in one of its own.
     """
@@ -77,13 +97,13 @@ def test_a_notebook_that_is_opened_alone_finds_the_package(tmp_path, monkeypatch
     cell, count = re.subn(r"^%pip install --quiet --constraint {constraints} .*$", "", cell, flags=re.M)
     assert count == 1
     shown = "import vlm_jax, configs\nprint(vlm_jax.__file__, configs.__path__, *pinned)"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (cell, shown)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (cell, cell, shown)])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "alone")}})
     client.execute()
-    text = "".join(output.get("text", "") for output in notebook.cells[1].outputs)
+    text = "".join(output.get("text", "") for output in notebook.cells[2].outputs)
     assert str(tmp_path / "alone" / "vlm_jax_repository" / "vlm_jax") in text
-    assert f"jax=={jax.__version__}" in text.split()
+    assert f"jax=={jax.__version__}" in text.split() and "jaxtyping" not in text
     assert not list((tmp_path / "alone").glob("*.txt"))  # the constraints are gone
 
 
@@ -111,7 +131,7 @@ def ran(home):
 
 def test_token_budget(ran):
     text, figures = ran("token_budget")
-    assert figures == 4  # the frontier, and the maps of each budget
+    assert figures == 5  # the pages, the frontier, and the maps of each budget
     assert all(f"{point} tokens read 64 patches" in text for point in ("mlp@64: 64", "pool@1: 1", "pool@16: 16"))
 
 
@@ -134,9 +154,9 @@ def test_fine_tune(ran):
 def test_reduce_a_release(ran):
     """The release answers; no reducer is better than it, and its row says so in the table."""
     text, figures = ran("reduce_a_release")
-    rows = re.findall(r"^(none|random|visionzip) +(all|32|8) +([\d.]+) \[", text, re.M)
+    rows = re.findall(r"^(none|random|visionzip) +(all|32|16) +([\d.]+) \[", text, re.M)
     accuracy = {(name, tokens): float(value) for name, tokens, value in rows}
-    assert set(accuracy) == {("none", "all"), *((name, n) for name in ("random", "visionzip") for n in ("32", "8"))}
+    assert set(accuracy) == {("none", "all"), *((name, n) for name in ("random", "visionzip") for n in ("32", "16"))}
     assert accuracy["none", "all"] > 90 and max(accuracy.values()) == accuracy["none", "all"]
     assert figures == 2
 
