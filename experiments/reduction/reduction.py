@@ -207,7 +207,7 @@ def retained(
     shares = {name: _ratio(100 * ours[name], whole[name]) for name in whole if whole[name][0] > 0}
     if not shares:
         return {"retained": None, "benchmarks": {}}
-    mean = sum(shares.values()) / len(shares)
+    mean = np.mean([*shares.values()], axis=0)
     return {"retained": _told(mean), "benchmarks": {name: _told(share) for name, share in shares.items()}}
 
 
@@ -278,7 +278,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     lines = -(-len(systems) // columns)
     made = Figure(figsize=(5 * columns, 1.4 + 2.9 * lines), dpi=160, layout="constrained")
     panels = made.subplots(lines, columns, squeeze=False, sharey=True).flat
-    budgets, step = sorted({row["budget"] for row in drawn}), min(0.08, 0.5 / max(1, len(looks) - 1))
+    budgets, step = sorted({row["budget"] for row in drawn}), min(0.08, 0.3 / max(1, len(looks) - 1))
     for system, panel in zip(systems, panels, strict=False):
         for place, (method, look) in enumerate(looks.items()):
             points = sorted(
