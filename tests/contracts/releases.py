@@ -329,6 +329,35 @@ def make(name: str, folder: Path) -> Pretrained:
     return from_pretrained(folder)
 
 
+def write_clip(folder: Path, config: dict[str, Any]) -> None:
+    """Writes a CLIP with random weights, for reducers that choose by the question, with a tokenizer of bytes.
+
+    Args:
+      folder: that exists.
+      config: with `vision_config`, `text_config` and `projection_dim`.
+    """
+    (folder / "config.json").write_text(json.dumps(config))
+    families: Any = FAMILIES
+    description = families["clip"](config, {}, dtype=jnp.float32, param_dtype=jnp.float32)
+    rng = np.random.default_rng(7)
+    shapes = nn.meta.unbox(description.boxed_shapes())
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    save_checkpoint(folder, export_params(description.rules, params))
+    write_tokenizer(folder, ())
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [("<s>", 256), ("</s>", 257)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def clip_config(vision: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The config of a small CLIP with this tower, and a text tower of so many positions."""
+    text = {key: vision[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    text |= {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "max_position_embeddings": length, "eos_token_id": 257}
+    own = {key: value for key, value in vision.items() if key not in ("model_type", "architectures")}
+    return {"model_type": "clip", "vision_config": own, "text_config": text, "projection_dim": 6}
+
+
 def _changed(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     config = json.loads((source / "config.json").read_text())
     for file, key in (("vision_tower_config.json", "vision_tower_config"), ("tiny_registry.json", "model_registry")):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -16,16 +17,20 @@ from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import RowShape
 
 from ..advice import tried
-from .releases import FOLDERS, make
+from .releases import CLIP, DATA, FOLDERS, clip_config, make, write_clip
 
 CELLS = {
-    # Those that choose by the question read a CLIP too: tests/reducers/test_guided.py.
+    # Those that choose by the question read a CLIP too: GUIDED.
     **{kind: {"reducer": kind} for kind, cls in REDUCERS.items() if cls is not None and cls.guided_by is None},
     "fastv": {"reducer": {"kind": "fastv", "layer": 1}},
     "dart": {"reducer": {"kind": "dart", "layer": 1}},
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
+# Kinds that choose by the question: for systems with a CLIP's tower, of which they read the whole CLIP.
+GUIDED = [kind for kind, cls in REDUCERS.items() if cls is not None and cls.guided_by is not None]
+CLIPS = {"llava": CLIP, "llava_next": CLIP, "llava_llama": "llava15", "mobilevlm": "mobilevlm_v2"}  # or golden folders
+LENGTH = 12  # positions of the text tower
 # By the encoder's attention.
 RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov", "fastvid", "holitom")
 IN_DECODER = ("fastv", "pyramid_drop", "dart", "sparsevlm")
@@ -89,6 +94,21 @@ def released(tmp_path_factory):
 def reduced(released):
     """The model of a cell, made once."""
     return functools.cache(lambda name, cell: released(name).with_budget(BUDGET, **CELLS[cell]))
+
+
+@pytest.fixture(scope="module")
+def guided_by(tmp_path_factory):
+    """The settings of a kind that chooses by the question, with the folder of the CLIP of a system, written once."""
+
+    @functools.cache
+    def written(name):
+        folder, vision = tmp_path_factory.mktemp(f"clip_{name}"), CLIPS.get(name, CLIP)
+        if isinstance(vision, str):
+            vision = json.loads((DATA / vision / "vision_tower_config.json").read_text())
+        write_clip(folder, clip_config(vision, LENGTH))
+        return str(folder)
+
+    return lambda name, kind: {"kind": kind, "text_model": written(name)}
 
 
 @functools.cache
@@ -189,6 +209,24 @@ def test_a_budget_is_met_or_refused(name, cell, released, reduced):
     assert found is None or np.isfinite(values).all()
 
 
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_a_budget_by_the_question_is_met_or_refused(name, released, guided_by):
+    """Each picture has its own question; what has no CLIP's tower is told so, or what differs."""
+    model, (tokens, tiles) = released(name), TOKENS[name]
+    for kind in GUIDED:
+        if name not in CLIPS:
+            with pytest.raises(ConfigError, match=f"{kind} (compares patches|ranks tokens)|is not the CLIP of this"):
+                with_budget(model.system, BUDGET, reducer=guided_by("llava", kind))
+            continue
+        system = with_budget(model.system, BUDGET, reducer=guided_by(name, kind))
+        batch = one_row(name, system)
+        assert (batch.visual_index >= system.processor.num_learned).sum() == min(BUDGET, tokens) * tiles
+        assert batch.question.tokens.shape == (1, tiles, 1, LENGTH)
+        run = functools.partial(system.model.init_with_output, jax.random.key(0), method="embed")
+        given, params = jax.eval_shape(run, batch)
+        assert given.x.shape[:2] == batch.tokens.shape and set(params["params"]) - set(model.params) == {"guide"}
+
+
 def clip(count=5):
     return [np.random.default_rng(1).integers(0, 255, (20, 40, 3), np.uint8) for _ in range(count)]
 
@@ -245,11 +283,19 @@ def test_a_full_budget_changes_no_logit(name, released):
 
 
 @pytest.mark.parametrize(
-    ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen3_vl", "fastv")]
+    ("name", "cell"),
+    [
+        *((name, "divprune") for name in sorted(FOLDERS)),
+        ("llava", "fastv"),
+        ("qwen3_vl", "fastv"),
+        ("llava_next", "cdpruner"),
+    ],
 )
-def test_rows_give_what_each_gives_alone(name, cell, reduced):
+def test_rows_give_what_each_gives_alone(name, cell, released, reduced, guided_by):
     """Rows of 0, 1 and 3 pictures in one batch, and two conversations in a row, compared with batches of one row."""
-    model = reduced(name, cell)
+    model = (
+        reduced(name, cell) if cell not in GUIDED else released(name).with_budget(BUDGET, reducer=guided_by(name, cell))
+    )
     processor = model.processor
     examples, shape = examples_of(name, processor)
     for count, one in examples.items():

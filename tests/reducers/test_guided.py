@@ -2,26 +2,20 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from flax import linen as nn
 
 import vlm_jax
-from tests.contracts.releases import CLIP, make, write_tokenizer
+from tests.contracts.releases import CLIP, clip_config, make, write_clip
 from tests.train.conftest import tiny_config
 from vlm_jax.build import build
-from vlm_jax.checkpoints.params import export_params
-from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.config import ConfigError
 from vlm_jax.data.loader import join
 from vlm_jax.models.vlm import flat_images, flat_question
 from vlm_jax.plugins import PluginError
-from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.learned import PromptError
@@ -113,25 +107,8 @@ def folders(tmp_path_factory):
     """A LLaVA, and a CLIP whose image tower has the shape of LLaVA's."""
     release, whole = tmp_path_factory.mktemp("llava"), tmp_path_factory.mktemp("clip")
     model = make("llava", release)
-    text = {key: CLIP[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    text |= {"num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": LENGTH, "eos_token_id": 257}
-    vision = {key: value for key, value in CLIP.items() if key != "model_type"}
-    write_clip(whole, {"model_type": "clip", "vision_config": vision, "text_config": text, "projection_dim": 6})
+    write_clip(whole, clip_config(CLIP, LENGTH))
     return model, release, whole
-
-
-def write_clip(folder: Path, config: dict) -> None:
-    (folder / "config.json").write_text(json.dumps(config))
-    description = FAMILIES["clip"](config, {}, dtype=jnp.float32, param_dtype=jnp.float32)
-    rng = np.random.default_rng(7)
-    shapes = nn.meta.unbox(description.boxed_shapes())
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    save_checkpoint(folder, export_params(description.rules, params))
-    write_tokenizer(folder, ())
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ends = [("<s>", 256), ("</s>", 257)]
-    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
-    backend.save(str(folder / "tokenizer.json"))
 
 
 def asked(*questions):

@@ -1,0 +1,324 @@
+"""Methods x budgets x systems of visual token reduction in one table and one figure; see README.md.
+
+    python experiments/reduction/reduction.py --releases llava=FOLDER qwen2_5_vl=FOLDER --data=questions.jsonl \
+        --methods visionzip fastv --budgets 192 64 --workdir=workdir/reduction
+
+Each system is evaluated as by `vlm_jax.cli.evaluate`, in a folder of its own in the workdir, with that report.
+Interrupt at any time; rerunning the command resumes. Without --releases, small folders of four systems are made.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+from etils import epath
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from vlm_jax.cli.process import explained, keep_programs, quieten
+from vlm_jax.evals.bootstrap import Bootstrap
+from vlm_jax.evals.metrics import metric_of
+from vlm_jax.evals.metrics.yes_no import Mme, Pope
+from vlm_jax.evals.scores import response_of
+from vlm_jax.paths import absolute
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.sweep.evaluation import CONTROLS, Evaluation
+from vlm_jax.sweep.frontier import styles
+from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
+from vlm_jax.sweep.pages import markdown
+from vlm_jax.sweep.point_run import ANSWERS_FILE
+from vlm_jax.sweep.release_points import UNREDUCED, label
+from vlm_jax.sweep.release_run import ReleaseEvaluation
+from vlm_jax.sweep.rows import RESULTS_FILE
+from vlm_jax.train.workdir import each_line, read_lines
+
+HERE = pathlib.Path(__file__).resolve().parent
+LITERATURE = HERE / "literature.json"
+DRAWN = ("random", DOWNSAMPLED)  # controls of every table and figure
+METHODS = tuple(
+    kind
+    for kind, cls in REDUCERS.items()
+    if cls is not None and not cls.reduces_clips and cls.guided_by is None and kind not in CONTROLS
+)
+BUDGETS = (192, 128, 64)
+SMALL = {"methods": ("visionzip", "divprune", "fastv"), "budgets": (4, 2), "questions": 8}
+WHOLE = label(UNREDUCED, None)
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates, writes `table.md`, `table.json` and `retained.png`; 1 where a point failed, else 0."""
+    args = _arguments(argv)
+    workdir, small = epath.Path(absolute(args.workdir)), not args.releases
+    if small:
+        from small import LONGEST, METRIC, SYSTEMS, TASK, write_system
+
+        args.tasks, args.metrics, args.max_new_tokens = (TASK,), (f"{TASK}={METRIC}",), LONGEST
+        places = {
+            name: write_system(name, pathlib.Path(workdir) / "small", args.questions)
+            for name in args.systems or SYSTEMS
+        }
+    else:
+        places = {name: (release, args.data) for name, release in args.releases}
+    rows: list[Row] = []
+    failed = False
+    for name, (release, data) in places.items():
+        print(f"--- {name}: {release}", flush=True)
+        settings = ReleaseEvaluation(
+            release=str(release),
+            data=str(data),
+            reducers=(UNREDUCED, *dict.fromkeys((*DRAWN, *args.methods))),
+            budgets=tuple(args.budgets),
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            dtype=args.dtype,
+            num_samples=args.num_samples,
+            tasks=tuple(args.tasks),
+            metrics=tuple(args.metrics),
+        )
+        evaluation = Evaluation(settings, workdir / name, console=rich.console.Console(markup=False))
+        failed |= bool(evaluation.run())
+        refused = {one.label: one.reason for one in evaluation.refused if not one.label.startswith(f"{UNREDUCED}@")}
+        rows += system_rows(name, workdir / name, settings, refused)
+    page = "\n".join([table(rows), *([] if small else ["", expected(rows)])])
+    (workdir / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (workdir / "table.md").write_text(page + "\n")
+    drawn = io.BytesIO()
+    figure(rows).savefig(drawn, format="png")
+    (workdir / "retained.png").write_bytes(drawn.getvalue())
+    print(page)
+    return int(failed)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--releases", nargs="+", type=_release, metavar="NAME=FOLDER", help="folders, or names on the hub"
+    )
+    parser.add_argument("--data", help="a file of conversations, as of vlm_jax.cli.evaluate; required with --releases")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(REDUCERS), help="all for still pictures, or a few if small"
+    )
+    parser.add_argument("--budgets", nargs="+", type=int, help="visual tokens of an image, or of a tile")
+    parser.add_argument("--tasks", nargs="+", default=("vqa",), help="as of vlm_jax.cli.evaluate")
+    parser.add_argument("--metrics", nargs="+", default=(), metavar="TASK=METRIC")
+    parser.add_argument("--num_samples", type=int)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--systems", nargs="+", help="which of the small systems; all if unset")
+    parser.add_argument("--questions", type=int, default=SMALL["questions"], help="of each small system")
+    args = parser.parse_args(argv)
+    if bool(args.releases) != bool(args.data):
+        parser.error("--releases and --data: expected both, or neither for small folders")
+    args.methods = args.methods or (METHODS if args.releases else SMALL["methods"])
+    args.budgets = args.budgets or (BUDGETS if args.releases else SMALL["budgets"])
+    return args
+
+
+def _release(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, got '{text}'")
+    return name, folder
+
+
+def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, refused: Mapping[str, str]) -> list[Row]:
+    """One row a point of a system, from its evaluation's files.
+
+    Args:
+      name: of the system.
+      workdir: of the evaluation.
+      settings: likewise.
+      refused: {label: reason} of the points that it cannot evaluate.
+
+    Returns:
+      Rows of `table.json`: `retained` has the per cent of the unreduced release's scores, the mean over benchmarks,
+      with its 95% interval; `benchmarks` those of each; `hard` the mean accuracy on the questions that the control
+      `downsample_image` gets wrong; `prefill` the share of the release's FLOPs. Refused points have a `reason` only.
+    """
+
+    def answers(point: str) -> Iterable[Row]:
+        return each_line(workdir / "points" / point / ANSWERS_FILE)
+
+    results = {
+        line["label"]: line for line in with_hard_questions(read_lines(workdir / RESULTS_FILE), DOWNSAMPLED, answers)
+    }
+    if WHOLE not in results:
+        return [{"system": name, "label": WHOLE, "reason": "failed; run the command again"}]
+    scores = {point: replicates(answers(point), settings.chosen_metrics) for point in results}
+    rows: list[Row] = []
+    for point, line in results.items():
+        hard = [of_task["mean"] for of_task in line["hard_accuracy"].values()]
+        rows.append(
+            {
+                "system": name,
+                "label": point,
+                "method": line["connector"],
+                "budget": line["token_budget"],
+                "tokens": line["num_visual_tokens"],
+                **retained(scores[point], scores[WHOLE]),
+                "hard": sum(hard) / len(hard) if hard else None,
+                "prefill": line["flops"]["prefill"] / results[WHOLE]["flops"]["prefill"],
+            }
+        )
+    return rows + [{"system": name, "label": point, "reason": reason} for point, reason in refused.items()]
+
+
+def replicates(rows: Iterable[Row], chosen: Mapping[str, str]) -> dict[str, Float[np.ndarray, "1+replicates"]]:
+    """{benchmark: its score, and that of each bootstrap replicate}.
+
+    The score is the first value of the task's metric; F1 for POPE. The subtasks of MME are one benchmark, whose score
+    is their sum. Replicates of two points have the same questions, so that their ratios are paired.
+    """
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    found: dict[str, Any] = {}
+    for task, of_task in by_task.items():
+        metric = metric_of(task, chosen)
+        bootstrap, responses = Bootstrap(metric), [response_of(row) for row in of_task]
+        for response, statistics in zip(responses, metric.statistics(responses), strict=True):
+            bootstrap.add(response.group, statistics)
+        shown = "score" if isinstance(metric, Mme) else "f1" if isinstance(metric, Pope) else metric.values[0]
+        column = metric.values.index(shown)
+        values = np.concatenate([bootstrap.values[None], bootstrap.drawn])[:, column]
+        benchmark = task.partition(":")[0] if isinstance(metric, Mme) else task
+        found[benchmark] = found.get(benchmark, 0) + values
+    return found
+
+
+def retained(
+    ours: Mapping[str, Float[np.ndarray, "1+replicates"]], whole: Mapping[str, Float[np.ndarray, "1+replicates"]]
+) -> Row:
+    """Per cent of the unreduced scores: `retained` with the mean over benchmarks and its interval, and `benchmarks`.
+
+    Benchmarks of which the unreduced release gets nothing right are left out; None where these are all.
+    """
+    shares = {name: _ratio(100 * ours[name], whole[name]) for name in whole if whole[name][0] > 0}
+    if not shares:
+        return {"retained": None, "benchmarks": {}}
+    mean = np.mean([*shares.values()], axis=0)
+    return {"retained": _told(mean), "benchmarks": {name: _told(share) for name, share in shares.items()}}
+
+
+def _ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def _told(values: Float[np.ndarray, "1+replicates"]) -> Row:
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    return {"mean": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table in Markdown: a row a point, and what could not be evaluated below it."""
+    cells = []
+    for row in rows:
+        if "reason" in row:
+            continue
+        name = f"`{row['method']}`" + (" (control)" if row["method"] in CONTROLS else "")
+        budget = "all" if row["budget"] is None else f"{row['budget']}"
+        hard = "" if row["hard"] is None else f"{100 * row['hard']:.0f}"
+        cells.append(
+            [row["system"], name, budget, f"{row['tokens']:g}", _share(row), hard, f"{100 * row['prefill']:.0f}"]
+        )
+    head = ["system", "method", "budget", "tokens", "% retained", "hard, %", "prefill FLOPs, %"]
+    missing = [f"- {row['system']}, {row['label']}: {row['reason']}" for row in rows if "reason" in row]
+    return "\n".join([markdown(head, cells), *(["", "Not evaluated:", "", *missing] if missing else [])])
+
+
+def _share(row: Row) -> str:
+    share = row["retained"]
+    return "" if share is None else f"{share['mean']:.1f} [{share['low']:.1f}, {share['high']:.1f}]"
+
+
+def expected(rows: Sequence[Row]) -> str:
+    """The tables of `literature.json`, with what was measured here beside."""
+    literature = json.loads(LITERATURE.read_text())
+    here = {(row["system"], row["method"], row["budget"]): _share(row) for row in rows if "reason" not in row}
+    parts = [f"Per cent retained. {literature['source']}."]
+    for name in ("llava", "llava_next"):
+        of_system = literature[name]
+        cells = [
+            [
+                f"{point['budget']}",
+                f"`{point['method']}`",
+                *map(_score, point["scores"]),
+                f"{point['average']:.1f}",
+                here.get((name, point["method"], point["budget"]), ""),
+            ]
+            for point in of_system["points"]
+        ]
+        whole = ["all", "", *map(_score, of_system["full"]), "100.0", ""]
+        head = ["tokens", "method", *of_system["benchmarks"], "% retained", "*here*"]
+        parts += [f"`{name}`: {of_system['release']}.", markdown(head, [whole, *cells])]
+    return "\n\n".join(parts)
+
+
+def _score(score: float) -> str:
+    return f"{score:.1f}" if score < 1000 else f"{score}"  # MME is a sum
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Per cent retained against the budget, a panel for each system; controls are grey and dashed."""
+    drawn = [row for row in rows if row.get("retained") is not None and row["budget"] is not None]
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    looks = styles([row["method"] for row in drawn if row["method"] != UNREDUCED], CONTROLS)
+    columns = min(2, len(systems))
+    lines = -(-len(systems) // columns)
+    made = Figure(figsize=(5 * columns, 1.4 + 2.9 * lines), dpi=160, layout="constrained")
+    panels = made.subplots(lines, columns, squeeze=False, sharey=True).flat
+    budgets, step = sorted({row["budget"] for row in drawn}), min(0.08, 0.3 / max(1, len(looks) - 1))
+    for system, panel in zip(systems, panels, strict=False):
+        for place, (method, look) in enumerate(looks.items()):
+            points = sorted(
+                (r for r in drawn if (r["system"], r["method"]) == (system, method)), key=lambda r: r["budget"]
+            )
+            if not points:
+                continue
+            shares = [point["retained"] for point in points]
+            # Side by side, so that intervals at one budget can be told apart.
+            across = [point["budget"] * 2 ** (step * (place - (len(looks) - 1) / 2)) for point in points]
+            ends = [[max(0, s["mean"] - s["low"]) for s in shares], [max(0, s["high"] - s["mean"]) for s in shares]]
+            line = "--" if look.dashed else "-"
+            shown = {"color": look.color, "marker": look.marker, "linestyle": line, "markersize": 4, "linewidth": 1}
+            panel.errorbar(across, [s["mean"] for s in shares], yerr=ends, capsize=2, elinewidth=0.8, **shown)
+        panel.axhline(100, color="0.6", linewidth=0.8, zorder=0)
+        panel.set_xscale("log", base=2)
+        if budgets:
+            panel.set_xlim(budgets[0] / 1.5, budgets[-1] * 1.5)
+        panel.xaxis.set_major_locator(FixedLocator(budgets))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.set_title(system, loc="left", fontsize=10, parse_math=False)
+        panel.grid(color="0.9", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in list(made.axes)[len(systems) :]:
+        panel.remove()
+    made.supxlabel("visual tokens of an image, or of a tile", fontsize=10)
+    made.supylabel("% retained, with 95% intervals", fontsize=10)
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, linestyle="--" if look.dashed else "-")
+        for look in looks.values()
+    ]
+    names = [f"{name} (control)" if look.dashed else name for name, look in looks.items()]
+    made.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+    return made
+
+
+if __name__ == "__main__":
+    keep_programs()
+    quieten()
+    with explained(OSError):
+        status = main()
+    sys.exit(status)
