@@ -154,7 +154,9 @@ def test_saliency_is_the_attention_of_the_class_token():
 def test_class_tokens_need_their_places_and_whole_images():
     encoder = KINDS["rice_vit"]
     packed = packed_for(KINDS["siglip2_navit"])
-    with pytest.raises(ValueError, match=tried("no places for class tokens; pack with class_tokens={True}")):
+    with pytest.raises(
+        ValueError, match=tried("packed with {no places} for class tokens; pack with class_tokens={True}")
+    ):
         encoder.init(jax.random.key(0), packed)
     assert jax.eval_shape(encoder.init, jax.random.key(0), packed_for(encoder))
     windows = tried("no layer can have windows; leave window_size and full_layers out")

@@ -101,9 +101,8 @@ def pack_patches(
     needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length + added
     length = needed if length is None else length
     if length < needed or length % row_length:
-        beside = f" and {num_classes} class tokens" if num_classes else ""
         raise ValueError(
-            f"{units * block} patches{beside} need a length of {needed}, but length is {length}; pass a "
+            f"{units * block} patches need a length of {needed}, but length is {length}; pass a "
             f"multiple of {row_length} that is at least {needed}, or fewer images"
         )
     # In the processor's order: the index of every patch in the sequence.
