@@ -129,6 +129,18 @@ def test_marks_say_why(page):
             assert all(words[:2] == ["python", "-m"] for words in block.commands()), block.text
 
 
+def test_no_two_commands_write_one_folder():
+    """A reader follows several pages in one clone, where another run's workdir or an older export is refused."""
+    writers: dict[str, set[str]] = {}
+    for page in PAGES:
+        for words in (words for block in blocks(page) if block.language == "bash" for words in block.commands()):
+            for word in words:
+                if folder := re.match(r"--(?:workdir|export|target)=(.+)", word):
+                    writers.setdefault(folder[1], set()).add(" ".join(words))
+    assert "workdir/four" in writers and "finetuned" in writers
+    assert not {folder: found for folder, found in writers.items() if len(found) > 1}
+
+
 def test_badges_say_what_setup_says():
     setup = (ROOT / "setup.py").read_text()
     least = re.search(r'python_requires=">=([\d.]+)"', setup)[1]
