@@ -39,6 +39,17 @@ def test_every_command_is_known(flags):
     assert {"workdir", "release", "config", "distributed", "compilation_cache"} <= flags["train"]
 
 
+def test_flags_have_values_and_defaults():
+    """Of some flags, written here by hand; absl's own words for values and repetition are left out."""
+    page = flag_tables.page()
+    for row in (
+        "| `--dtype` | bfloat16, float16, float32 | `float32` | Dtype of parameters and computation. |",
+        "| `--image` | repeatable |  | An image for the prompt; repeatable, in order. |",
+        "| `--reducers` | a comma separated list | `random,uniform_stride,divprune` |",
+    ):
+        assert row in page, row
+
+
 def test_keys_have_types_ranges_and_defaults():
     """Of some keys, written here by hand; every key has a meaning."""
     page = config_keys.page()
