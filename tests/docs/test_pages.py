@@ -14,7 +14,7 @@ import flag_tables
 import metric_tables
 import system_tables
 
-OTHERS = {"spot", "logdir", "force_simple", "log_samples"}  # of gcloud, tensorboard and lmms-eval
+OTHERS = {"spot", "logdir", "force_simple", "log_samples", "directory"}  # of gcloud, tensorboard, lmms-eval, http
 NAMES = [name_of(page) for page in PAGES]
 by_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -126,6 +126,7 @@ def test_targets_extras_and_files_exist(page):
 def test_links_lead_to_pages(page):
     """Of pages that the build makes, the names are in docs/hooks.py; their anchors are checked by mkdocs."""
     made = [f"reference/{name}" for name in ("commands.md", "config.md", "metrics.md", "systems.md", "api/")]
+    made.append("notebooks/")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith("http") and not any(name in link for name in made) and link != "assets/frontier.png":
             assert (page.parent / link).resolve().exists(), link
