@@ -69,8 +69,11 @@ def _table(own: dict[str, Any]) -> Iterator[str]:
     yield "| flag | takes | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for name, flag in own.items():
-        takes = getattr(flag.parser, "syntactic_help", "") or flag.flag_type()
-        if takes.startswith("<"):  # of an enum, <a|b|c>
-            takes = takes.strip("<>").replace("|", ", ")
-        default = "" if flag.default in (None, [], "") else f"`{flag.default}`"
-        yield f"| `--{name}` | {escaped(takes)} | {default} | {escaped(flag.help)} |"
+        takes, meaning = getattr(flag.parser, "syntactic_help", "") or flag.flag_type(), flag.help
+        if isinstance(flag, flags.EnumFlag):  # absl writes the values before the meaning, as <a|b|c>:
+            takes, meaning = ", ".join(flag.parser.enum_values), meaning.partition(">: ")[2]
+        elif isinstance(flag, flags.MultiFlag):
+            takes, meaning = "repeatable", meaning.partition(";\n")[0]
+        value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = "" if value in (None, "") else f"`{value}`"
+        yield f"| `--{name}` | {escaped(takes)} | {default} | {escaped(meaning)} |"

@@ -18,7 +18,7 @@ import metric_tables
 import notebook_pages
 import system_tables
 
-OTHERS = {"spot", "logdir", "force_simple", "log_samples"}  # of gcloud, tensorboard and lmms-eval
+OTHERS = {"spot", "logdir", "force_simple", "log_samples", "directory"}  # of gcloud, tensorboard, lmms-eval, http
 NAMES = [name_of(page) for page in PAGES]
 by_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -41,6 +41,17 @@ def test_every_command_is_known(flags):
     assert set(flags) >= {"convert", "evaluate", "generate", "plan", "sweep", "train"}
     assert {"image", "draw", "compilation_cache"} <= flags["generate"] and "workdir" not in flags["generate"]
     assert {"workdir", "release", "config", "distributed", "compilation_cache"} <= flags["train"]
+
+
+def test_flags_have_values_and_defaults():
+    """Of some flags, written here by hand; absl's own words for values and repetition are left out."""
+    page = flag_tables.page()
+    for row in (
+        "| `--dtype` | bfloat16, float16, float32 | `float32` | Dtype of parameters and computation. |",
+        "| `--image` | repeatable |  | An image for the prompt; repeatable, in order. |",
+        "| `--reducers` | a comma separated list | `random,uniform_stride,divprune` |",
+    ):
+        assert row in page, row
 
 
 def test_keys_have_types_ranges_and_defaults():
@@ -119,6 +130,7 @@ def test_targets_extras_and_files_exist(page):
 def test_links_lead_to_pages(page):
     """Of pages that the build makes, the names are in docs/hooks.py; their anchors are checked by mkdocs."""
     made = [f"reference/{name}" for name in ("commands.md", "config.md", "metrics.md", "systems.md", "api/")]
+    made.append("notebooks/")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith("http") and not any(name in link for name in made) and link != "assets/frontier.png":
             assert (page.parent / link).resolve().exists(), link
@@ -131,6 +143,18 @@ def test_marks_say_why(page):
         assert bool(block.mark) == bool(block.detail.strip())
         if block.language == "bash" and block.mark != "not run":
             assert all(words[:2] == ["python", "-m"] for words in block.commands()), block.text
+
+
+def test_no_two_commands_write_one_folder():
+    """A reader follows several pages in one clone, where another run's workdir or an older export is refused."""
+    writers: dict[str, set[str]] = {}
+    for page in PAGES:
+        for words in (words for block in blocks(page) if block.language == "bash" for words in block.commands()):
+            for word in words:
+                if folder := re.match(r"--(?:workdir|export|target)=(.+)", word):
+                    writers.setdefault(folder[1], set()).add(" ".join(words))
+    assert "workdir/four" in writers and "finetuned" in writers
+    assert not {folder: found for folder, found in writers.items() if len(found) > 1}
 
 
 def test_badges_say_what_setup_says():

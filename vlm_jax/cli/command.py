@@ -25,8 +25,8 @@ from vlm_jax.train.loop import Interrupted
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "The config file. --config.KEY=VALUE overrides a key, as --config.seed=1 or --config.loop.keep=3; --list_keys "
-    "prints all keys.",
+    "The config file; cli.train and cli.plan have that of fine-tuning if unset. --config.KEY=VALUE overrides a key, as "
+    "--config.seed=1 or --config.loop.keep=3; --list_keys prints all keys.",
     lock_config=False,
     accept_new_attributes=True,  # keys that the file leaves at their default; `check_config` refuses unknown ones
 )

@@ -1,4 +1,7 @@
-"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR [--adapter]] [--dtype=bfloat16] [--dry-run]"""
+"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR [--adapter]] [--dtype=bfloat16] [--dry-run]
+
+Converts a released folder to Orbax arrays, and such arrays, or the parameters of a run, to a released folder.
+"""
 
 from absl import app, flags
 

@@ -1,4 +1,7 @@
-"""python -m vlm_jax.cli.demo --release=DIR [--port=7860] [--token_budget=64 --reducer=visionzip]"""
+"""python -m vlm_jax.cli.demo --release=DIR [--port=7860] [--token_budget=64 --reducer=visionzip]
+
+Shows a page in the browser that asks a release about a picture, at a budget of visual tokens and at the full one.
+"""
 
 import importlib
 import logging

@@ -1,4 +1,8 @@
-"""python -m vlm_jax.cli.evaluate --release=DIR --data=FILE --reducers=none,visionzip --budgets=64,16 --workdir=DIR"""
+"""python -m vlm_jax.cli.evaluate --release=DIR --data=FILE --reducers=none,visionzip --budgets=64,16 --workdir=DIR
+
+Asks a release the questions of a file with every reducer and budget, and writes accuracy against visual tokens as
+`results.jsonl`, `frontier.png` and `report.html`. Nothing is trained; rerunning the command resumes.
+"""
 
 import sys
 

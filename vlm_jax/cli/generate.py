@@ -1,4 +1,7 @@
-"""python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]"""
+"""python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]
+
+Answers a prompt about images and videos with a release; the answer is printed as it is generated.
+"""
 
 import dataclasses
 import os
@@ -40,7 +43,9 @@ CONNECTOR = flags.DEFINE_string(
     "connector", None, "A connector that replaces the release's own; its parameters are random, not trained."
 )
 ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --checkpoint; merged.")
-MAX_VIDEO_TOKENS = numbers.define("max_video_tokens", Size, None, "The same for a video.")
+MAX_VIDEO_TOKENS = numbers.define(
+    "max_video_tokens", Size, None, "Maximum visual tokens of a video; as released if unset."
+)
 ALLOW_NETWORK = flags.DEFINE_boolean("allow_network", False, "Downloads --image and --video with a web address.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking",

@@ -1,4 +1,7 @@
-"""python -m vlm_jax.cli.serve --release=DIR [--port=8000] [--token_budget=64 --reducer=visionzip]"""
+"""python -m vlm_jax.cli.serve --release=DIR [--port=8000] [--token_budget=64 --reducer=visionzip]
+
+Answers OpenAI's chat completions with a release, at a budget of visual tokens that a request may set.
+"""
 
 import importlib
 import logging

@@ -1,4 +1,8 @@
-"""python -m vlm_jax.cli.sweep --config=configs/sweeps/X.py --workdir=DIR [--only=LABEL,LABEL]"""
+"""python -m vlm_jax.cli.sweep --config=configs/sweeps/X.py --workdir=DIR [--only=LABEL,LABEL]
+
+Trains and evaluates every point of a sweep, and writes `results.jsonl`, `frontier.png` and `report.html`. Rerunning the
+command resumes.
+"""
 
 import sys
 
