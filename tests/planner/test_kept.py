@@ -1,10 +1,13 @@
 """Plans that are kept: whole, found again, and told apart by everything that they depend on."""
 
 import dataclasses
+import importlib
 import json
+import pathlib
 
 import pytest
 
+import vlm_jax
 from vlm_jax.planner import kept
 from vlm_jax.planner.kept import kept_plan, plan_hash, plan_of
 from vlm_jax.planner.request import Request
@@ -54,6 +57,25 @@ def test_a_hash_depends_on_the_settings_of_a_released_folder(config, tmp_path):
             hashes.append(plan_hash(request.asked()))
     (tmp_path / "model.safetensors").write_bytes(b"1")
     assert len(set(hashes)) == 4 and plan_hash(request.asked()) == hashes[-1]
+
+
+def test_a_hash_depends_on_released_configs_and_plugins(tmp_path, monkeypatch):
+    """Files of `vlm_jax` and of packages that register kinds, as their metadata says."""
+    module, package = tmp_path / "one_module.py", tmp_path / "package"
+    package.mkdir()
+    (tmp_path / "of_it.dist-info").mkdir()
+    (tmp_path / "of_it.dist-info" / "METADATA").write_text("Name: of_it\nVersion: 1\n")
+    points = "[vlm_jax.plugins]\none = one_module:register\ntwo = package.inner:register\n"
+    (tmp_path / "of_it.dist-info" / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for path in (module, package / "__init__.py", package / "table.json", package / "read.txt"):
+        path.write_text("1")
+        importlib.invalidate_caches()
+        hashes.append(plan_hash({}))
+    assert len(set(hashes)) == 3 and hashes[3] == hashes[2]
+    released = pathlib.Path(str(vlm_jax.__file__)).parent / "pretrained" / "released" / "llava-hf--llava-1.5-7b-hf.json"
+    assert released in kept._files("vlm_jax")
 
 
 def test_an_unknown_key_is_named(config):

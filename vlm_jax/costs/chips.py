@@ -23,9 +23,8 @@ class Chip:
       flops: dense bfloat16 FLOP/s.
       hbm_bytes: memory.
       hbm_bandwidth: bytes a second between memory and core.
-      num_links: links to other chips.
-      link_bandwidth: bytes a second of one link in one direction; 0 where the kind has none of its own.
-      dims: dimensions of the torus or mesh that the links form; 0 for a switch.
+      link_bandwidth: bytes a second in one direction of one link, or of all links to a switch; 0 where there is none.
+      dims: dimensions of the torus or mesh that the links form, two for each; 0 for a switch.
       devices_per_chip: JAX devices of one chip.
       clock: cycles a second; None where not known.
     """
@@ -35,7 +34,6 @@ class Chip:
     flops: float
     hbm_bytes: float
     hbm_bandwidth: float
-    num_links: int
     link_bandwidth: float
     dims: int
     devices_per_chip: int = 1
@@ -44,21 +42,21 @@ class Chip:
 
 # First match of `kind` wins, so that longer starts come first.
 CHIPS = (
-    Chip("v2", "TPU v2", 22.5e12, 8 * GIB, 350 * GB, 4, 31 * GB, 2, 2, 0.7e9),
-    Chip("v3", "TPU v3", 61.5e12, 16 * GIB, 450 * GB, 4, 41 * GB, 2, 2, 0.94e9),
-    Chip("v4i", "TPU v4 lite", 138e12, 8 * GIB, 614 * GB, 2, 50 * GB, 1, 1, 1.05e9),
-    Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228 * GB, 6, 50 * GB, 3, 1, 1.05e9),
-    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 4, 50 * GB, 2, 1, 1.5e9),
-    Chip("v5e", "TPU v5e", 197e12, 16 * GIB, 819 * GB, 4, 50 * GB, 2, 1, 1.5e9),
-    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765 * GB, 6, 100 * GB, 3, 1, 1.75e9),
-    Chip("v6e", "TPU v6", 918e12, 32 * GIB, 1640 * GB, 4, 100 * GB, 2, 1, 1.75e9),
-    Chip("7x", "TPU7x", 1153.5e12, 96 * GIB, 3690 * GB, 6, 100 * GB, 3, 2),
-    Chip("A100", "NVIDIA A100", 312e12, 80 * GB, 2039 * GB, 12, 25 * GB, 0),
-    Chip("H100 PCIe", "NVIDIA H100 PCIe", 756e12, 80 * GB, 2000 * GB, 12, 25 * GB, 0),
-    Chip("H100", "NVIDIA H100", 989.4e12, 80 * GB, 3350 * GB, 18, 25 * GB, 0),
-    Chip("H200", "NVIDIA H200", 989.4e12, 141 * GB, 4800 * GB, 18, 25 * GB, 0),
-    Chip("B200", "NVIDIA B200", 2250e12, 180 * GB, 7700 * GB, 18, 50 * GB, 0),
-    Chip("L4", "NVIDIA L4", 121e12, 24 * GB, 300 * GB, 0, 0.0, 0),
+    Chip("v2", "TPU v2", 22.5e12, 8 * GIB, 350 * GB, 31 * GB, 2, 2, 0.7e9),
+    Chip("v3", "TPU v3", 61.5e12, 16 * GIB, 450 * GB, 41 * GB, 2, 2, 0.94e9),
+    Chip("v4i", "TPU v4 lite", 138e12, 8 * GIB, 614 * GB, 50 * GB, 1, 1, 1.05e9),
+    Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228 * GB, 50 * GB, 3, 1, 1.05e9),
+    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 50 * GB, 2, 1, 1.5e9),
+    Chip("v5e", "TPU v5e", 197e12, 16 * GIB, 819 * GB, 50 * GB, 2, 1, 1.5e9),
+    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765 * GB, 100 * GB, 3, 1, 1.75e9),
+    Chip("v6e", "TPU v6", 918e12, 32 * GIB, 1640 * GB, 100 * GB, 2, 1, 1.75e9),
+    Chip("7x", "TPU7x", 1153.5e12, 96 * GIB, 3690 * GB, 100 * GB, 3, 2),
+    Chip("A100", "NVIDIA A100", 312e12, 80 * GB, 2039 * GB, 300 * GB, 0),
+    Chip("H100 PCIe", "NVIDIA H100 PCIe", 756e12, 80 * GB, 2000 * GB, 300 * GB, 0),
+    Chip("H100", "NVIDIA H100", 989.4e12, 80 * GB, 3350 * GB, 450 * GB, 0),
+    Chip("H200", "NVIDIA H200", 989.4e12, 141 * GB, 4800 * GB, 450 * GB, 0),
+    Chip("B200", "NVIDIA B200", 2250e12, 180 * GB, 7700 * GB, 900 * GB, 0),
+    Chip("L4", "NVIDIA L4", 121e12, 24 * GB, 300 * GB, 0.0, 0),
 )
 
 

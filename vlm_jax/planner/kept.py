@@ -3,23 +3,26 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
-import vlm_jax
 from vlm_jax.paths import absolute
 from vlm_jax.planner.memory import Memory, Share
 from vlm_jax.planner.plan import Moved, Plan
 from vlm_jax.planner.predict import Estimate
 from vlm_jax.planner.topology import libtpu_version
+from vlm_jax.plugins import GROUP
 from vlm_jax.types import Fields
 
 FOLDER = "~/.cache/vlm_jax/plans"
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that the compilers read
+HASHED = (".py", ".json")  # of a package: its source files, and released configs
 
 
 def kept_plan(asked: Fields, make: Callable[[], Plan], folder: str | None) -> tuple[Plan, bool]:
@@ -47,23 +50,34 @@ def kept_plan(asked: Fields, make: Callable[[], Plan], folder: str | None) -> tu
 
 
 def plan_hash(asked: Fields) -> str:
-    """A hash of what was asked, of this package's files, and of the compilers' versions and flags."""
+    """A hash of what was asked, of the files of this package and plug-ins, and of compilers' versions and flags."""
     names = ("jax", "jaxlib", "flax", "optax")
     versions = {name: importlib.metadata.version(name) for name in names} | {"libtpu": libtpu_version()}
     flags = {name: os.environ.get(name, "") for name in FLAGS}
-    given = {"asked": asked, "versions": versions, "flags": flags, "package": _package_hash()}
+    given = {"asked": asked, "versions": versions, "flags": flags, "files": _files_hash()}
     text = json.dumps(given, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _package_hash() -> str:
-    """A hash of all source files, any of which may change the program."""
-    root = pathlib.Path(str(vlm_jax.__file__)).parent
+def _files_hash() -> str:
+    """A hash of the source files and included configs of this package and of plug-ins: each may change the program."""
     found = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        found.update(str(path.relative_to(root)).encode())
-        found.update(path.read_bytes())
+    for package in sorted({"vlm_jax", *(point.module.split(".")[0] for point in entry_points(group=GROUP))}):
+        for path in _files(package):
+            found.update(f"{package}/{path.parent.name}/{path.name}".encode())
+            found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _files(package: str) -> list[pathlib.Path]:
+    """Files of an installed package, or its single module; none where it is missing."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is None:
+        return [pathlib.Path(str(spec.origin))]
+    roots = map(pathlib.Path, spec.submodule_search_locations)
+    return sorted(path for root in roots for path in root.rglob("*") if path.suffix in HASHED)
 
 
 def plan_of(fields: Fields) -> Plan:

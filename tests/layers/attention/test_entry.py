@@ -222,7 +222,9 @@ def test_splash_refuses_a_bias():
         ("gpu", jnp.float16, 64, 128, Context("full"), "cudnn"),
         ("gpu", jnp.bfloat16, 12, 128, Context("full"), "xla"),
         ("gpu", jnp.bfloat16, 576, 128, Context("full"), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
+        ("tpu", jnp.bfloat16, 128, 128, Context("full"), "splash"),
+        ("tpu", jnp.bfloat16, 72, 256, Context("full"), "xla"),
+        ("tpu", jnp.bfloat16, 72, 257, Context("full"), "splash"),
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
         ("tpu", jnp.bfloat16, 72, 729, Context("full"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
@@ -250,7 +252,7 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     ]
 
 
-@pytest.mark.parametrize(("platform", "length"), [("tpu", 128), ("cpu", 1025)])
+@pytest.mark.parametrize(("platform", "length"), [("tpu", 257), ("cpu", 1025)])
 def test_a_bias_is_for_the_written_out_softmax(monkeypatch, platform, length):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.zeros((1, length, 1, 64))
