@@ -1,6 +1,7 @@
-"""Two real processes of four devices each, against one process of eight."""
+"""Two real processes of four devices each, one of which is asked to stop, killed and stopped, against one of eight."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -9,6 +10,9 @@ import sys
 import numpy as np
 
 from tests.processes.conftest import ROOT, environment, wait_for_step
+from tests.processes.two_processes import STEPS
+
+from ..advice import tried
 
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
 
@@ -42,20 +46,52 @@ def losses(workdir) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(tmp_path):
+def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
+    """The step at which a process that ends says that the other one is lost."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert re.search(
+        tried("has the cause; rerun the same command on all hosts to resume from the newest checkpoint"), errors
+    )
+    named = rf"HostLost: process {index} \(process id {other.pid} on {re.escape(socket.gethostname())}\)"
+    found = re.search(
+        rf"^{named} has given no sign of life for \d+ seconds, and was at step (\d+) then\. ", errors, re.M
+    )
+    assert found, errors
+    return int(found[1])
+
+
+def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(tmp_path):
     finish([start(tmp_path / "one", 8)])
-    port = free_port()
-    pair = [start(tmp_path / "two", 4, 2, index, port) for index in range(2)]
-    wait_for_step(tmp_path / "two", 3, pair[0])
+    two = tmp_path / "two"
+
+    def started(step: int) -> list[subprocess.Popen]:
+        port = free_port()
+        pair = [start(two, 4, 2, index, port) for index in range(2)]
+        wait_for_step(two, step, pair[0])
+        return pair
+
+    pair = started(3)
     pair[1].send_signal(signal.SIGTERM)  # one of them is asked; both must save
     finish(pair)
-    stopped = len(losses(tmp_path / "two"))
-    assert 3 <= stopped < 24
+    stopped = len(losses(two))
+    assert 3 <= stopped < STEPS - 20
 
-    port = free_port()
-    finish([start(tmp_path / "two", 4, 2, index, port) for index in range(2)])
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == 24
-    np.testing.assert_allclose(two, one, atol=1e-4)
+    pair = started(stopped + 2)
+    pair[1].kill()
+    assert stopped + 2 <= lost(pair[0], pair[1], 1) <= len(losses(two)) + 1
+    broken = len(losses(two))
+
+    pair = started(broken + 2)  # from the checkpoint before
+    pair[0].send_signal(signal.SIGSTOP)  # the one that coordinates
+    assert broken + 2 <= lost(pair[1], pair[0], 0) <= len(losses(two)) + 1
+    pair[0].kill()
+    pair[0].communicate(timeout=60)
+    assert len(losses(two)) < STEPS
+
+    finish(started(STEPS))
+    curves = [losses(tmp_path / name) for name in ("one", "two")]
+    assert [len(curve) for curve in curves] == [STEPS] * 2
+    np.testing.assert_allclose(*curves, atol=1e-4)
     results = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
     assert [set(result["accuracy"]) for result in results] == [{"read", "transcribe", "count", "locate"}] * 2

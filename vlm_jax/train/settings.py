@@ -22,6 +22,8 @@ class LoopSettings(GuardSettings):
       writers: names of `writers.WRITERS`, which get the numbers of `metrics.jsonl` and of evaluations: `tensorboard`
         writes to `WORKDIR/tensorboard`, `wandb` to Weights & Biases.
       profile: first step and number of steps that the profiler traces into `WORKDIR/profile`; None for none.
+      watchdog: seconds within which a process of several that died, or hangs, is named with its step, and the others
+        end with status 1; see `train.watchdog`. 0 for no such watch.
       peak_flops: FLOP/s of one device, for `mfu` in `metrics.jsonl`; None for the dense bfloat16 peak of its kind, and
         no `mfu` where that is not known, as for CPUs.
     """
@@ -33,6 +35,7 @@ class LoopSettings(GuardSettings):
     input_workers: Annotated[int, Range(0, 1024)] = 0
     writers: tuple[str, ...] = (TENSORBOARD,)
     profile: tuple[Count, Count] | None = None
+    watchdog: Annotated[float, Range(1, also=0)] = 300.0
     peak_flops: Positive | None = None
 
     def __post_init__(self):
