@@ -5,12 +5,13 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from vlm_jax.checkpoints.checksums import array_checksums, differing, list_files, sealed
 from vlm_jax.checkpoints.verification import (
@@ -67,6 +68,17 @@ class _ListedRestore(ocp.args.StandardRestore):
     pass
 
 
+class _One(managers.PreservationPolicy):
+    """Keeps one checkpoint. Not Orbax's `BestN`: a checkpoint is written before it is evaluated."""
+
+    def __init__(self, number: Callable[[], int | None]):
+        self._number = number
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        number = self._number()
+        return [one.step == number for one in checkpoints]
+
+
 class RunCheckpoints:
     """The numbered checkpoints of one workdir.
 
@@ -78,12 +90,21 @@ class RunCheckpoints:
       directory: parent of the numbered folders, local or `gs://`; created when missing.
       keep: number of newest checkpoints to keep.
       keep_every: also keeps those whose number is a multiple of it; None for none.
+      best: the number of one that is kept as well, asked whenever others are removed.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int,
+        keep_every: int | None = None,
+        best: Callable[[], int | None] = lambda: None,
+    ):
         self.directory = absolute_folder(directory)
+        kept = [managers.LatestN(keep), _One(best)]
+        kept += [] if keep_every is None else [managers.EveryNSteps(keep_every)]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every, create=True, enable_async_checkpointing=True
+            preservation_policy=managers.AnyPreservationPolicy(kept), create=True, enable_async_checkpointing=True
         )
         handlers: Any = {STATE: _ListedHandler(), POSITION: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -289,12 +310,14 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     """The folder of the arrays of a run's newest complete checkpoint.
 
     Args:
-      directory: that run's checkpoint directory.
+      directory: that run's checkpoint directory, or one of the checkpoints in it, which is then the one that is read.
 
     Raises:
       CheckpointError: there is no checkpoint.
     """
     directory = absolute_folder(directory)
+    if (directory / STATE).is_dir():
+        return directory / STATE
     step = None
     if directory.exists():
         with ocp.CheckpointManager(directory) as manager:

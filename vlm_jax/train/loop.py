@@ -30,6 +30,7 @@ from vlm_jax.paths import absolute
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
 from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train import replay
+from vlm_jax.train.best import Best
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, Given, rows, stage_batches
@@ -150,7 +151,8 @@ class Trainer:
                 "config.lora.rank to 0"
             )
         experiment.open_source()  # faults of the data are named before weights are read
-        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
+        best = Best(self._settings.keep_best, self._settings.best_is)
+        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell, best)
         last = self._spans[-1].stage.label
         self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
         self._profiler = Profiler(self._settings.profile, self.workdir)
@@ -197,13 +199,14 @@ class Trainer:
                 return self._run(resumed, checkpoints, log)
 
     def _checkpoints(self) -> RunCheckpoints:
-        return RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep, self._settings.keep_every)
+        kept = self._settings.keep, self._settings.keep_every, lambda: self._evaluations.best
+        return RunCheckpoints(self.workdir / CHECKPOINTS, *kept)
 
     def _run(self, resumed: Resumed | None, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
         step, position = (0, {}) if resumed is None else (resumed.step, resumed.position)
         span = span_at(self._spans, step)
         state = self._first_state(span) if resumed is None else resumed.state
-        self._evaluations.start(step)
+        self._evaluations.start(step, checkpoints.complete())
         self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
             state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
@@ -287,6 +290,9 @@ class Trainer:
             if position is not None:
                 checkpoints.save(step, state, position)
             self._interrupt(step, checkpoints)
+        if position is not None and self._evaluations.best == step:
+            self._claim.confirm()
+            checkpoints.save(step, state, position)
 
     def _usable(self, state: TrainState) -> Params:
         """The parameters of a state as they are used: averaged, with adapters merged."""
