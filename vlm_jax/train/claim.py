@@ -26,6 +26,7 @@ EARLY = (LOCK_FILE, HEARTBEATS, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WA
 # Keys that change no number of the steps already taken, as patterns of paths; all others are those of the first start.
 FREE = (
     "config.loop.*",
+    "config.mesh.*",  # but for rounding
     "config.evaluation.*",
     "config.data.evaluation_*",
     "config.data.max_checked",
