@@ -1,26 +1,17 @@
 """Two real processes of four devices each, one of which is asked to stop, killed and stopped, against one of eight."""
 
 import json
-import re
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
 
 from tests.processes.conftest import ROOT, environment, wait_for_step
+from tests.processes.joined import finish, free_port, losses, lost, wait_for_beat
 from tests.processes.two_processes import STEPS
 
-from ..advice import tried
-
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) -> subprocess.Popen:
@@ -34,62 +25,29 @@ def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) 
     )
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-
-
-def losses(workdir) -> list[float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
-    """The step at which a process that ends says that the other one is lost."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1, errors
-    assert re.search(
-        tried("has the cause; rerun the same command on all hosts to resume from the newest checkpoint"), errors
-    )
-    named = rf"HostLost: process {index} \(process id {other.pid} on {re.escape(socket.gethostname())}\)"
-    found = re.search(
-        rf"^{named} has given no sign of life for \d+ seconds, and was at step (\d+) then\. ", errors, re.M
-    )
-    assert found, errors
-    return int(found[1])
-
-
 def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(tmp_path):
     finish([start(tmp_path / "one", 8)])
     two = tmp_path / "two"
 
-    def started(step: int) -> list[subprocess.Popen]:
+    def started() -> list[subprocess.Popen]:
         port = free_port()
-        pair = [start(two, 4, 2, index, port) for index in range(2)]
-        wait_for_step(two, step, pair[0])
-        return pair
+        return [start(two, 4, 2, index, port) for index in range(2)]
 
-    pair = started(3)
+    pair = started()
+    wait_for_step(two, 3, pair[0])
     pair[1].send_signal(signal.SIGTERM)  # one of them is asked; both must save
     finish(pair)
-    stopped = len(losses(two))
-    assert 3 <= stopped < STEPS - 20
-
-    pair = started(stopped + 2)
-    pair[1].kill()
-    assert stopped + 2 <= lost(pair[0], pair[1], 1) <= len(losses(two)) + 1
-    broken = len(losses(two))
-
-    pair = started(broken + 2)  # from the checkpoint before
-    pair[0].send_signal(signal.SIGSTOP)  # the one that coordinates
-    assert broken + 2 <= lost(pair[1], pair[0], 0) <= len(losses(two)) + 1
-    pair[0].kill()
-    pair[0].communicate(timeout=60)
-    assert len(losses(two)) < STEPS
-
-    finish(started(STEPS))
+    done = len(losses(two))
+    for other, sent in ((1, signal.SIGKILL), (0, signal.SIGSTOP)):  # process 0 coordinates
+        pair = started()
+        wait_for_beat(two, other, done + 2, pair[other])
+        pair[other].send_signal(sent)
+        assert done + 2 <= lost(pair[1 - other], pair[other], other) <= len(losses(two)) + 1
+        pair[other].kill()
+        pair[other].communicate(timeout=60)
+        done = len(losses(two))
+    assert done < STEPS
+    finish(started())
     curves = [losses(tmp_path / name) for name in ("one", "two")]
     assert [len(curve) for curve in curves] == [STEPS] * 2
     np.testing.assert_allclose(*curves, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from tests.train.conftest import tiny_config
 
-STEPS = 40
+STEPS = 60
 
 
 def get_config():
@@ -10,6 +10,6 @@ def get_config():
     with config.unlocked():
         del config.stages.seeing
         config.schedule = ("answering",)
-        config.loop.watchdog = 12.0
+        config.loop.watchdog = 8.0
     config.stages.answering.steps = STEPS
     return config
