@@ -29,7 +29,7 @@ from vlm_jax.types import Fields
 HEARTBEATS, BOARD = "heartbeats", "all.json"  # folder of a workdir, and the file of all processes in it
 # Of the time after which a process counts as lost: what judges, and how often the files are written and read.
 _LIMIT, _INTERVAL = 0.6, 0.1
-_ALONE = re.compile(r"Gloo|closed by peer|UNAVAILABLE|DEADLINE_EXCEEDED|oordination service|Socket closed")
+_ALONE = re.compile(r"Gloo|NCCL|closed by peer|UNAVAILABLE|DEADLINE_EXCEEDED|oordination service|Socket closed")
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Watchdog:
             except Exception as error:  # a store's errors are of many types
                 judge.forget()
                 if not is_told:
-                    _log.warning("%s: cannot be read or written (%s); nothing is watched", self._folder, error)
+                    _log.warning("%s: cannot be read or written (%s), so nothing is watched", self._folder, error)
                 is_told = True
                 continue
             if lost is not None:
