@@ -10,10 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from vlm_jax.checkpoints import orbax, runs
+from vlm_jax.checkpoints import orbax, runs, verification
 from vlm_jax.checkpoints.checksums import array_checksums
 from vlm_jax.checkpoints.hub import LazyTensor
-from vlm_jax.checkpoints.orbax import CheckpointError, RunCheckpoints
+from vlm_jax.checkpoints.orbax import RunCheckpoints
+from vlm_jax.checkpoints.verification import CheckpointError
 
 from ..advice import tried
 
@@ -79,7 +80,7 @@ def raising(error):
     ("owner", "name", "error", "told"),
     [
         (ocp.StandardCheckpointHandler, "restore", MemoryError("out of memory"), MemoryError),
-        (orbax, "check_files", OSError(errno.EMFILE, "too many open files"), CheckpointError),
+        (verification, "check_files", OSError(errno.EMFILE, "too many open files"), CheckpointError),
     ],
 )
 def test_a_failure_that_proves_no_damage_is_raised_and_renames_nothing(tmp_path, monkeypatch, owner, name, error, told):
@@ -93,7 +94,7 @@ def test_a_failure_that_proves_no_damage_is_raised_and_renames_nothing(tmp_path,
         assert error in (raised.value, raised.value.__cause__)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
         assert checkpoints.newest(state).step == 2
-    if owner is orbax:
+    if owner is verification:
         with (
             monkeypatch.context() as patched,
             pytest.raises(CheckpointError, match="cannot be read here: OSE"),

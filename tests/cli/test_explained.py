@@ -8,7 +8,7 @@ from vlm_jax.cli.process import EXPLAINED
 
 # Errors that are met inside the package, where they become one of EXPLAINED, or that a command handles itself.
 INSIDE = {"UnreadableFile", "Unbalanced", "ListFormatError", "Interrupted", "SourceError", "TemplateLimit", "_Stopped"}
-INSIDE |= {"DamagedFile", "UnknownTripCount", "UnreadableProgram", "RequestError", "Stopped", "TrialError"}
+INSIDE |= {"DamagedFile", "UnknownTripCount", "UnreadableProgram", "RequestError", "Stopped", "TrialError", "HostLost"}
 # Modules that need a package which the tests do not have, and define no error.
 ADAPTERS = {f"vlm_jax.harnesses.{name}" for name in ("lmms_eval", "manifest", "vlmevalkit")} | {"vlm_jax.demo.page"}
 

@@ -13,7 +13,8 @@ import pytest
 from tests.faults.training import STEPS, trainer
 from vlm_jax.checkpoints import runs
 from vlm_jax.checkpoints.checksums import sealed
-from vlm_jax.checkpoints.orbax import CheckpointError, DamagedCheckpoint, RunCheckpoints
+from vlm_jax.checkpoints.orbax import RunCheckpoints
+from vlm_jax.checkpoints.verification import CheckpointError, DamagedCheckpoint
 from vlm_jax.leaves import flatten
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import placed

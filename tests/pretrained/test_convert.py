@@ -19,7 +19,8 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints import arrays, hub
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, CheckpointError, RunCheckpoints
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.verification import CheckpointError
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import Conversion, open_conversion
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh

@@ -1,22 +1,17 @@
-"""Two real processes of four devices each, against one process of eight."""
+"""Two real processes of four devices each, one of which is asked to stop, killed and stopped, against one of eight."""
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
 
 from tests.processes.conftest import ROOT, environment, wait_for_step
+from tests.processes.joined import finish, free_port, losses, lost, wait_for_beat
+from tests.processes.two_processes import STEPS
 
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) -> subprocess.Popen:
@@ -30,32 +25,31 @@ def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) 
     )
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-
-
-def losses(workdir) -> list[float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(tmp_path):
+def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(tmp_path):
     finish([start(tmp_path / "one", 8)])
-    port = free_port()
-    pair = [start(tmp_path / "two", 4, 2, index, port) for index in range(2)]
-    wait_for_step(tmp_path / "two", 3, pair[0])
+    two = tmp_path / "two"
+
+    def started() -> list[subprocess.Popen]:
+        port = free_port()
+        return [start(two, 4, 2, index, port) for index in range(2)]
+
+    pair = started()
+    wait_for_step(two, 3, pair[0])
     pair[1].send_signal(signal.SIGTERM)  # one of them is asked; both must save
     finish(pair)
-    stopped = len(losses(tmp_path / "two"))
-    assert 3 <= stopped < 24
-
-    port = free_port()
-    finish([start(tmp_path / "two", 4, 2, index, port) for index in range(2)])
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == 24
-    np.testing.assert_allclose(two, one, atol=1e-4)
+    done = len(losses(two))
+    for other, sent in ((1, signal.SIGKILL), (0, signal.SIGSTOP)):  # process 0 coordinates
+        pair = started()
+        wait_for_beat(two, other, done + 2, pair[other])
+        pair[other].send_signal(sent)
+        assert done + 2 <= lost(pair[1 - other], pair[other], other) <= len(losses(two)) + 1
+        pair[other].kill()
+        pair[other].communicate(timeout=60)
+        done = len(losses(two))
+    assert done < STEPS
+    finish(started())
+    curves = [losses(tmp_path / name) for name in ("one", "two")]
+    assert [len(curve) for curve in curves] == [STEPS] * 2
+    np.testing.assert_allclose(*curves, atol=1e-4)
     results = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
     assert [set(result["accuracy"]) for result in results] == [{"read", "transcribe", "count", "locate"}] * 2

@@ -2,11 +2,14 @@
 
 from tests.train.conftest import tiny_config
 
+STEPS = 60
+
 
 def get_config():
     config = tiny_config()
     with config.unlocked():
         del config.stages.seeing
         config.schedule = ("answering",)
-    config.stages.answering.steps = 24
+        config.loop.watchdog = 8.0
+    config.stages.answering.steps = STEPS
     return config

@@ -20,6 +20,7 @@ CONFIG = {
     "seed": 0,
     "release": None,
     "loop": {"keep": 2},
+    "mesh": {"fsdp": 4},
     "evaluation": {"batch_size": 8},
     "data": {"train_path": "a.json", "max_checked": 5},
     "stages": {"one": {"steps": 4}, "two": {"steps": 6}},
@@ -96,7 +97,13 @@ def test_another_start_is_refused_with_both(workdir):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("loop.keep", 9), ("loop.on_nonfinite", "skip"), ("evaluation.batch_size", 1), ("data.max_checked", 7)],
+    [
+        ("loop.keep", 9),
+        ("mesh.fsdp", 2),
+        ("loop.on_nonfinite", "skip"),
+        ("evaluation.batch_size", 1),
+        ("data.max_checked", 7),
+    ],
 )
 def test_keys_that_move_no_number_may_change_and_are_recorded(workdir, path, value):
     recorded(workdir)

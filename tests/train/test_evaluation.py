@@ -14,10 +14,15 @@ import vlm_jax
 from configs import finetune
 from tests.contracts import releases
 from vlm_jax.build import build
+from vlm_jax.checkpoints.runs import read_parts
+from vlm_jax.config import ConfigError
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.sharding.rules import placed
+from vlm_jax.train.best import Best
 from vlm_jax.train.loop import Interrupted, Trainer
 
+from ..advice import tried
 from .conftest import tiny_config
 
 EVERY, NUM_ROWS = 3, 2
@@ -136,6 +141,63 @@ def test_a_run_killed_in_its_evaluations_makes_them_once_and_the_same(config, wh
     train(config, one_device, tmp_path, last)
     assert (second.asked, third.asked, last.asked) == (1, 1, 1)
     assert kept(tmp_path) == kept(whole[0])
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept_and_resumed_from(config, whole, one_device, tmp_path):
+    class Scored(Sums):
+        """Sums with a score: the next of those given."""
+
+        def __init__(self, *scores):
+            super().__init__()
+            self.scores = list(scores)
+
+        def metrics(self, rows):
+            return super().metrics(rows) | {"score": self.scores.pop(0)}
+
+    def kill_at_4(step, steps, line):
+        if step == 4:
+            raise Killed
+
+    with config.unlocked():
+        config.loop.keep, config.loop.keep_best = 1, "score"
+        config.loop.save_every = 5
+    with pytest.raises(Killed):
+        train(config, one_device, tmp_path, Scored(0.9), progress=kill_at_4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]  # no step of save_every
+    later = Scored(0.4, 0.9)
+    train(config, one_device, tmp_path, later)
+    assert later.asked == 2  # of steps 6 and 8
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "8"]
+    curves = [[line["loss"] for line in read(folder / "metrics.jsonl")] for folder in (tmp_path, whole[0])]
+    assert curves[0] == curves[1] and len(curves[0]) == 8
+    shapes = placed(build(config).boxed_shapes(), one_device)
+    found = read_parts(tmp_path / "checkpoints" / "3", {"encoder": shapes["encoder"]})
+    total = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(found))
+    assert total == read(whole[0] / "evaluations" / "3.jsonl")[0]["total"]
+
+
+def test_evaluations_are_compared_by_a_number_of_theirs():
+    lines = [
+        {"step": step, "settings": {}, "accuracy": {"vqa": {"mean": mean, "n": 4}}, "loss": loss}
+        for step, mean, loss in ((2, 0.25, 3.0), (4, 0.5, float("nan")), (6, 0.5, 2.0), (8, 0.25, 2.0))
+    ]
+    assert Best("accuracy/vqa/mean").step(lines) == 4
+    assert Best("accuracy/vqa/mean", "lowest").step(lines) == 2
+    assert Best("loss", "lowest").step(lines) == 6
+    assert Best("loss").step([]) is None and Best().step(lines) is None
+    with pytest.raises(ConfigError, match="step 2 has no number 'accuracy/vqa'; did you mean 'accuracy/vqa/"):
+        Best("accuracy/vqa").step(lines)
+
+
+def test_a_best_evaluation_needs_some_during_the_training(config, one_device, tmp_path):
+    with config.unlocked():
+        config.loop.keep_best = "sum/mean"
+    evaluator = Sums()
+    evaluator.every = None
+    told = tried("config.loop.keep_best: all evaluations but the last are off; set config.evaluation.every")
+    with pytest.raises(ConfigError, match=told):
+        Trainer(config, build(config), one_device, tmp_path, evaluator=evaluator)
+    Trainer(config, build(config), one_device, tmp_path, evaluator=Sums())
 
 
 def test_sigterm_in_an_evaluation_saves_the_step_and_leaves_the_evaluation(config, whole, one_device, tmp_path):

@@ -15,7 +15,7 @@ from configs import base, digits_stages
 from tests.golden.conftest import DATA
 from vlm_jax.build import PARTS, build
 from vlm_jax.checkpoints.hub import open_checkpoint
-from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.checkpoints.verification import CheckpointError
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion
 from vlm_jax.train.loop import Trainer

@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 
 from vlm_jax.build import build
-from vlm_jax.checkpoints.orbax import CheckpointError
 from vlm_jax.checkpoints.runs import read_parts
+from vlm_jax.checkpoints.verification import CheckpointError
 from vlm_jax.config import ConfigError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import placed

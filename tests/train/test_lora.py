@@ -16,8 +16,9 @@ from tests.golden.conftest import DATA
 from vlm_jax.adapter import LORA, LoraSettings, adapted, merged
 from vlm_jax.build import build
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, CheckpointError, RunCheckpoints
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
 from vlm_jax.checkpoints.peft import save_adapter
+from vlm_jax.checkpoints.verification import CheckpointError
 from vlm_jax.config import ConfigError
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.lora import lora_shapes

@@ -4,55 +4,42 @@ import errno
 import itertools
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as managers
 
-from vlm_jax.checkpoints.checksums import (
-    FILES,
-    DamagedFile,
-    array_checksums,
-    check_files,
-    differing,
-    list_files,
-    read_object,
-    sealed,
-    unsealed,
+from vlm_jax.checkpoints.checksums import array_checksums, differing, list_files, sealed
+from vlm_jax.checkpoints.verification import (
+    ARRAYS,
+    POSITION,
+    STATE,
+    CheckpointError,
+    Checksums,
+    DamagedCheckpoint,
+    checked,
+    damage_of,
+    damaged,
+    described_by,
+    failed_anywhere,
+    few,
+    first_line,
+    named,
+    other_shapes,
+    unread_elsewhere,
+    unreadable,
 )
 from vlm_jax.paths import absolute
 from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
 METADATA_BYTES = 256 * 1024  # upper estimate of what Orbax writes in addition to the arrays
-STATE, POSITION = "state", "position"  # folders of a checkpoint
-ARRAYS = "arrays"  # key of the checksums of a checkpoint's arrays, beside its position
-
-Checksums = Mapping[str, str]  # by path; see `checksums.array_checksums`
-
-# What TensorStore and Orbax say of bytes that are not those that were written; not of a full memory, a failed request
-# or a lack of rights.
-_NOT_AS_WRITTEN = re.compile(
-    r"Error decoding (?:b-tree node|manifest|version tree node)|ZSTD_decompressStream\(\) failed: (?!Allocation error)|"
-    r"Truncated Zstd-compressed stream|Uncompressed chunk is \d+ bytes|Not enough data: expected|End of data expected|"
-    r"/\.zarray\" in OCDBT database at .*: (?:Error parsing|Invalid JSON)|is not compatible with the stored shape"
-)
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names it and the fix."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files or values are proven to be other than those that were written."""
 
 
 class Resumed(NamedTuple):
@@ -81,6 +68,17 @@ class _ListedRestore(ocp.args.StandardRestore):
     pass
 
 
+class _One(managers.PreservationPolicy):
+    """Keeps one checkpoint. Not Orbax's `BestN`: a checkpoint is written before it is evaluated."""
+
+    def __init__(self, number: Callable[[], int | None]):
+        self._number = number
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        number = self._number()
+        return [one.step == number for one in checkpoints]
+
+
 class RunCheckpoints:
     """The numbered checkpoints of one workdir.
 
@@ -92,12 +90,21 @@ class RunCheckpoints:
       directory: parent of the numbered folders, local or `gs://`; created when missing.
       keep: number of newest checkpoints to keep.
       keep_every: also keeps those whose number is a multiple of it; None for none.
+      best: the number of one that is kept as well, asked whenever others are removed.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int,
+        keep_every: int | None = None,
+        best: Callable[[], int | None] = lambda: None,
+    ):
         self.directory = absolute_folder(directory)
+        kept = [managers.LatestN(keep), _One(best)]
+        kept += [] if keep_every is None else [managers.EveryNSteps(keep_every)]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every, create=True, enable_async_checkpointing=True
+            preservation_policy=managers.AnyPreservationPolicy(kept), create=True, enable_async_checkpointing=True
         )
         handlers: Any = {STATE: _ListedHandler(), POSITION: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -121,7 +128,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: this save or the previous one failed (no space, no permission).
         """
-        described = sealed({POSITION: position, ARRAYS: array_checksums(_named(state))})
+        described = sealed({POSITION: position, ARRAYS: array_checksums(named(state))})
         args = ocp.args.Composite(state=_ListedSave(state), position=ocp.args.JsonSave(described))
         with self._failures(f"saving checkpoint {step}"):
             self._manager.wait_until_finished()  # of the previous save, whose space is then used
@@ -195,7 +202,7 @@ class RunCheckpoints:
                 )
             except Exception as error:  # a store's errors are of many types, and the other processes wait
                 problem = error
-        if _failed_anywhere(problem is not None):
+        if failed_anywhere(problem is not None):
             told = "the first process names the cause" if problem is None else first_line(problem)
             raise CheckpointError(
                 f"{reason}. {folder} cannot be renamed ({told}); fix the permissions and run the same command to "
@@ -211,7 +218,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: it cannot be read here.
         """
-        return _checked(self.directory / str(step))[0] is None
+        return checked(self.directory / str(step))[0] is None
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, Fields]:
         """Reads one checkpoint, every array directly to its sharding, and compares its checksums.
@@ -237,20 +244,20 @@ class RunCheckpoints:
             # Without the checkpointer, whose barrier a process that fails would not reach.
             state = ocp.StandardCheckpointHandler().restore(folder / STATE, args=ocp.args.StandardRestore(like))
         except Exception as error:  # Orbax and TensorStore raise many types
-            if lines := [] if expected is None else list(_other_shapes(expected, like)):
+            if lines := [] if expected is None else list(other_shapes(expected, like)):
                 failure = CheckpointError(f"checkpoint {step} in {self.directory} is of another model: {few(lines)}")
-            elif (damage := _damage(error)) is None:
-                failure = _unreadable(folder, error)
-        if not _failed_anywhere(damage is not None or failure is not None):
-            lines = [] if expected is None else list(differing(expected, array_checksums(_named(state))))
+            elif (damage := damage_of(error)) is None:
+                failure = unreadable(folder, error)
+        if not failed_anywhere(damage is not None or failure is not None):
+            lines = [] if expected is None else list(differing(expected, array_checksums(named(state))))
             damage = few(lines) if lines else None
-        if _failed_anywhere(damage is not None):
+        if failed_anywhere(damage is not None):
             state = None  # frees its memory, into which an older checkpoint is read
             reason = "another process finds the damage" if damage is None else damage
             raise DamagedCheckpoint(f"checkpoint {step} in {self.directory} is damaged: {reason}")
-        if _failed_anywhere(failure is not None):
+        if failed_anywhere(failure is not None):
             state = None
-            raise failure or _unread_elsewhere(folder)
+            raise failure or unread_elsewhere(folder)
         return state, position
 
     def close(self) -> None:
@@ -293,12 +300,6 @@ def absolute_folder(directory: epath.PathLike) -> epath.Path:
     return epath.Path(absolute(directory))
 
 
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of its message."""
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
-
-
 def parts_directory(source: epath.PathLike) -> str:
     """The absolute path that `read_parts` takes: of a run's workdir, its folder of checkpoints."""
     folder = epath.Path(absolute(source))
@@ -309,12 +310,14 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     """The folder of the arrays of a run's newest complete checkpoint.
 
     Args:
-      directory: that run's checkpoint directory.
+      directory: that run's checkpoint directory, or one of the checkpoints in it, which is then the one that is read.
 
     Raises:
       CheckpointError: there is no checkpoint.
     """
     directory = absolute_folder(directory)
+    if (directory / STATE).is_dir():
+        return directory / STATE
     step = None
     if directory.exists():
         with ocp.CheckpointManager(directory) as manager:
@@ -331,188 +334,13 @@ def newest_arrays(directory: epath.PathLike) -> tuple[epath.Path, Checksums | No
       CheckpointError: there is no checkpoint, or it is damaged.
     """
     state = newest_state(directory)
-    reason, checksums = _checked(state.parent)
+    reason, checksums = checked(state.parent)
     if reason is not None:
         raise damaged(state, reason)
     return state, checksums
-
-
-def _checked(folder: epath.Path) -> tuple[str | None, Checksums | None]:
-    """What is damaged of a checkpoint's files, or None, and the checksums of its arrays; all processes call this alike.
-
-    Raises:
-      CheckpointError: a file cannot be read here.
-      Exception: as `_unreadable`.
-    """
-    reason, checksums = None, None
-    failure: Exception | None = None
-    try:
-        checksums = described_by(folder)[1]
-    except DamagedFile as error:
-        reason = str(error)
-    except Exception as error:  # a store's errors are of many types, and the other processes wait
-        failure = _unreadable(folder, error)
-    if _failed_anywhere(reason is not None):  # the first process alone compares the files
-        return reason or "the first process names the file", None
-    if _failed_anywhere(failure is not None):
-        raise failure or _unread_elsewhere(folder)
-    return None, checksums
-
-
-def _damage(error: BaseException) -> str | None:
-    """What is damaged, where an error or a cause of it proves that; else None."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DamagedFile):
-            return str(cause)
-        if _NOT_AS_WRITTEN.search(str(cause)):
-            return first_line(cause)
-        cause = cause.__cause__
-    return None
-
-
-def _unreadable(folder: epath.Path, error: Exception) -> Exception:
-    """The error of a checkpoint that cannot be read here, though nothing proves that it is damaged.
-
-    Args:
-      folder: of the checkpoint.
-      error: what reading it raised.
-
-    Returns:
-      A CheckpointError of an OSError; any other error itself, with a note.
-    """
-    told = f"checkpoint {folder.name} in {folder.parent} cannot be read here: {first_line(error)}; it is left as it is"
-    if not isinstance(error, OSError):
-        error.add_note(told)
-        return error
-    found = CheckpointError(told)
-    found.__cause__ = error
-    return found
-
-
-def _unread_elsewhere(folder: epath.Path) -> CheckpointError:
-    return CheckpointError(f"checkpoint {folder.name} in {folder.parent} cannot be read by another process")
-
-
-def _other_shapes(expected: Checksums, like: Tree) -> Iterator[str]:
-    """Lines about the arrays that only a state or only a checkpoint has, or that have another shape."""
-    stored = {name: text.partition(" ")[2].rpartition(" ")[0] for name, text in expected.items()}
-    wanted = {name: str(tuple(leaf.shape)) for name, leaf in _named(like).items()}
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            yield f"{name}: expected {wanted.get(name, 'no such array')}, found {stored.get(name, 'none')}"
-
-
-def described_by(folder: epath.Path) -> tuple[Fields, Checksums | None]:
-    """The position of a checkpoint and the checksums of its arrays, after comparing the files with their list.
-
-    Args:
-      folder: of the checkpoint.
-
-    Returns:
-      The position, and the checksums by path, or None for a checkpoint of an earlier version, which has none.
-
-    Raises:
-      DamagedFile: it is damaged; the message names the file.
-      OSError: a file cannot be read.
-    """
-    path = folder / POSITION / "metadata"
-    content = read_object(path)
-    if jax.process_index() == 0:  # files are read once for all hosts
-        read_object(folder / "_CHECKPOINT_METADATA")
-    if isinstance(content, dict) and content.keys() <= {"batch"} and not (folder / STATE / FILES).exists():
-        _log.warning("%s is of an earlier version, without checksums: what is read is not verified", folder)
-        return content, None
-    described = unsealed(content, path)
-    if jax.process_index() == 0:
-        check_files(folder / STATE)
-    return described[POSITION], described[ARRAYS]
-
-
-def damaged(state: epath.Path, reason: str) -> CheckpointError:
-    """The error of a checkpoint of another run that cannot be used.
-
-    Args:
-      state: the folder of its arrays.
-      reason: what differs.
-    """
-    folder = state.parent
-    return CheckpointError(
-        f"{folder} is damaged: {reason}. Rename the folder to {folder.name}.damaged to read the checkpoint before it, "
-        "if there is one"
-    )
-
-
-def _named(tree: Tree) -> dict[str, Tree]:
-    """Leaves by path, as in `stored_shapes`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _failed_anywhere(failed: bool) -> bool:
-    """Whether any process has failed; all processes call this alike."""
-    if jax.process_count() == 1:
-        return failed
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
 
 
 def _first_free(path: epath.Path) -> epath.Path:
     """The path, or the first of it with `.1`, `.2` and so on that does not exist."""
     names = itertools.chain([path.name], (f"{path.name}.{i}" for i in itertools.count(1)))
     return next(other for other in map(path.with_name, names) if not other.exists())
-
-
-def few(lines: list[str]) -> str:
-    """The first lines of many."""
-    more = [f"and {len(lines) - 4} more"] if len(lines) > 4 else []
-    return "; ".join([*lines[:4], *more])
-
-
-def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
-    """Shapes of stored arrays by path, separated by `/`, without reading them.
-
-    Raises:
-      CheckpointError: the folder cannot be read.
-    """
-    return {path: tuple(leaf.shape or ()) for path, leaf in _metadata(state).items()}
-
-
-def stored_dtypes(state: epath.PathLike) -> dict[str, np.dtype]:
-    """Dtypes of stored arrays, as `stored_shapes`."""
-    return {path: np.dtype(leaf.dtype) for path, leaf in _metadata(state).items()}
-
-
-def _metadata(state: epath.PathLike) -> dict[str, Any]:
-    try:
-        return _named(ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree)
-    except Exception as error:
-        raise CheckpointError(f"{state} cannot be read: {first_line(error)}") from error
-
-
-def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], roots: Iterable[str]) -> None:
-    """Checks, without reading them, that the stored arrays are exactly those of a model.
-
-    Args:
-      state: the folder of the arrays.
-      wanted: shapes by path, separated by `/`.
-      roots: path prefixes under which no other arrays are allowed.
-
-    Raises:
-      CheckpointError: arrays are missing, unexpected or of another shape; the message names them.
-    """
-    found = stored_shapes(state)
-    below = tuple(f"{root}/" for root in roots)
-    problems = [f"it lacks {path} {shape}" for path, shape in wanted.items() if path not in found]
-    problems += [
-        f"it has {path} {shape}, which the model does not have"
-        for path, shape in found.items()
-        if path.startswith(below) and path not in wanted
-    ]
-    problems += [
-        f"it has {path} {found[path]}, expected {shape}"
-        for path, shape in wanted.items()
-        if path in found and found[path] != shape
-    ]
-    if problems:
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise CheckpointError(f"{state} is of another model:\n  " + "\n  ".join([*problems[:8], *more]))

@@ -18,15 +18,14 @@ from vlm_jax.adapter import LORA, A, B, LoraSettings, merged
 from vlm_jax.checkpoints.arrays import open_arrays
 from vlm_jax.checkpoints.checksums import HostSum, array_checksums, described, differing
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS, LazyTensor
-from vlm_jax.checkpoints.orbax import (
+from vlm_jax.checkpoints.orbax import absolute_folder, newest_arrays
+from vlm_jax.checkpoints.verification import (
     CheckpointError,
     Checksums,
-    absolute_folder,
     check_stored,
     damaged,
     few,
     first_line,
-    newest_arrays,
     stored_dtypes,
     stored_shapes,
 )

@@ -1,6 +1,7 @@
 """Flags and error handling shared by the commands that run a config."""
 
 import errno
+import math
 import os
 import pathlib
 import re
@@ -17,10 +18,11 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
-from vlm_jax.config import did_you_mean
+from vlm_jax.config import did_you_mean, parse
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural
 from vlm_jax.train.loop import Interrupted
+from vlm_jax.train.settings import LoopSettings
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -135,10 +137,10 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
         CONFIG.value.lock()
         keep_programs()
         quieten()
-        if DISTRIBUTED.value:
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         try:
             with explained():
+                if DISTRIBUTED.value:
+                    _join()
                 main()
         except Interrupted as stop:
             print(f"{stop}; rerun the same command to resume", file=sys.stderr)
@@ -149,6 +151,14 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
             sys.exit(1)
 
     app.run(guarded, flags_parser=_parsed)
+
+
+def _join() -> None:
+    """Joins the other processes, of which JAX says that they are lost later than the watchdog of a run does."""
+    loop = parse(LoopSettings, CONFIG.value.loop, "config.loop") if "loop" in CONFIG.value else LoopSettings()
+    seconds = max(100, math.ceil(2 * loop.watchdog))
+    joined = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    jax.distributed.initialize(*joined, heartbeat_timeout_seconds=seconds)
 
 
 def opened(words: Sequence[str]) -> list[str]:

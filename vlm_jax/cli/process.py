@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.checkpoints.verification import CheckpointError
 from vlm_jax.config import ConfigError
 from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.packing import StalePlan

@@ -19,12 +19,13 @@ from vlm_jax.checkpoints.arrays import check_space
 from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state, stored_shapes
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, newest_state
 from vlm_jax.checkpoints.peft import save_adapter
 from vlm_jax.checkpoints.plan import Step, plan
 from vlm_jax.checkpoints.rules import Rule, matching, prefixed
 from vlm_jax.checkpoints.runs import open_adapters, open_run
 from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
+from vlm_jax.checkpoints.verification import check_stored, stored_shapes
 from vlm_jax.config import read_json
 from vlm_jax.leaves import flatten
 from vlm_jax.paths import absolute, is_remote

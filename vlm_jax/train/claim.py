@@ -15,16 +15,18 @@ from vlm_jax.paths import absolute, is_remote
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.input import ROWS
 from vlm_jax.train.lock import lock, unwritable
+from vlm_jax.train.watchdog import HEARTBEATS
 from vlm_jax.train.workdir import CONFIG_FILE, INIT_FROM, METRICS_FILE, write_whole
 from vlm_jax.train.writers import TENSORBOARD, WANDB, WANDB_ID
 from vlm_jax.types import Fields, Tree
 
 LOCK_FILE = "run.lock"
 # Files and folders that a run writes before its first step.
-EARLY = (LOCK_FILE, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID)
+EARLY = (LOCK_FILE, HEARTBEATS, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID)
 # Keys that change no number of the steps already taken, as patterns of paths; all others are those of the first start.
 FREE = (
     "config.loop.*",
+    "config.mesh.*",  # but for rounding
     "config.evaluation.*",
     "config.data.evaluation_*",
     "config.data.max_checked",

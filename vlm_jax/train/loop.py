@@ -30,6 +30,7 @@ from vlm_jax.paths import absolute
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
 from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train import replay
+from vlm_jax.train.best import Best
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, Given, rows, stage_batches
@@ -40,6 +41,7 @@ from vlm_jax.train.stages import Span, check_stages, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
+from vlm_jax.train.watchdog import Watchdog
 from vlm_jax.train.writers import RunLog
 from vlm_jax.types import Fields, Tree
 
@@ -149,10 +151,12 @@ class Trainer:
                 "config.lora.rank to 0"
             )
         experiment.open_source()  # faults of the data are named before weights are read
-        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
+        best = Best(self._settings.keep_best, self._settings.best_is)
+        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell, best)
         last = self._spans[-1].stage.label
         self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
         self._profiler = Profiler(self._settings.profile, self.workdir)
+        self._watchdog = Watchdog(self.workdir, self._settings.watchdog)
         self._stop = False
 
     @property
@@ -173,7 +177,7 @@ class Trainer:
             return checkpoints.latest() == self.num_steps and checkpoints.is_whole(self.num_steps)
 
     def run(self) -> Outcome:
-        """Trains the remaining steps.
+        """Trains the remaining steps; where another process is lost (`train.watchdog`), this one ends with status 1.
 
         Raises:
           Interrupted: SIGTERM was received; the state is saved.
@@ -182,7 +186,7 @@ class Trainer:
           WorkdirInUse: another process runs in the workdir.
           WorkdirError: a file of the workdir cannot be read or written.
         """
-        with self._claim.held():
+        with self._claim.held(), self._watchdog.held(Interrupted):
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
             with contextlib.ExitStack() as stack:
                 stack.callback(signal.signal, signal.SIGTERM, previous)
@@ -195,13 +199,14 @@ class Trainer:
                 return self._run(resumed, checkpoints, log)
 
     def _checkpoints(self) -> RunCheckpoints:
-        return RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep, self._settings.keep_every)
+        kept = self._settings.keep, self._settings.keep_every, lambda: self._evaluations.best
+        return RunCheckpoints(self.workdir / CHECKPOINTS, *kept)
 
     def _run(self, resumed: Resumed | None, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
         step, position = (0, {}) if resumed is None else (resumed.step, resumed.position)
         span = span_at(self._spans, step)
         state = self._first_state(span) if resumed is None else resumed.state
-        self._evaluations.start(step)
+        self._evaluations.start(step, checkpoints.complete())
         self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
             state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
@@ -235,6 +240,7 @@ class Trainer:
             while step < span.stop:
                 kind, program = self._program(span, programs, given.batch, watch)
                 step += 1
+                self._watchdog.at(step)
                 self._profiler.before(step)
                 state, metrics = program(state, given.batch, key)
                 self._profiler.after(step, metrics)
@@ -247,6 +253,7 @@ class Trainer:
                     stops = logs and any_process(self._stop)
                 due = step % self._settings.save_every == 0 or stops
                 if logs or due:
+                    self._watchdog.pause()
                     jax.block_until_ready(metrics)
                     self._flush(watch, span, log)
                     saves = (due and not last) or (last and span is self._spans[-1])
@@ -258,6 +265,8 @@ class Trainer:
                     if saves or not last:  # else at the start of the next stage, whose first state is saved
                         self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
                     watch.restart()
+                    if not last:
+                        self._watchdog.at(step)
                 if not last:
                     given = self._next(iterator, metrics)
         return state, max(map(peak_bytes, programs.values()))
@@ -281,6 +290,9 @@ class Trainer:
             if position is not None:
                 checkpoints.save(step, state, position)
             self._interrupt(step, checkpoints)
+        if position is not None and self._evaluations.best == step:
+            self._claim.confirm()
+            checkpoints.save(step, state, position)
 
     def _usable(self, state: TrainState) -> Params:
         """The parameters of a state as they are used: averaged, with adapters merged."""
@@ -296,6 +308,7 @@ class Trainer:
         """The kind of a batch, by structure and shape, and its program, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
+            self._watchdog.pause()
             state, settings = self._abstract_state(span), self._steps[span.stage.label].settings
             programs[kind] = compile_step(state, batch, self.mesh, **settings)
             loss, trained = settings["objective"], settings["trained"]

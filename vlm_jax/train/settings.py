@@ -1,7 +1,7 @@
 """The settings class of `config.loop`."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from vlm_jax.ranges import Count, Positive, Range
 from vlm_jax.train.guard import GuardSettings
@@ -16,12 +16,17 @@ class LoopSettings(GuardSettings):
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: number of newest checkpoints to keep.
       keep_every: also keeps the checkpoints of steps that are a multiple of it; None for none.
+      keep_best: a number of the evaluations, by its path in `evaluations.jsonl`, as `accuracy/vqa/mean`: also keeps the
+        checkpoint of the evaluated step where it is best, of equal ones the first; None for none.
+      best_is: whether the highest or the lowest value of `keep_best` is best.
       log_every: steps between writes of `metrics.jsonl`, which has one line per step, and of a line on the terminal.
       input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
         enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
       writers: names of `writers.WRITERS`, which get the numbers of `metrics.jsonl` and of evaluations: `tensorboard`
         writes to `WORKDIR/tensorboard`, `wandb` to Weights & Biases.
       profile: first step and number of steps that the profiler traces into `WORKDIR/profile`; None for none.
+      watchdog: seconds within which a process of several that died, or hangs, is named with its step, and the others
+        end with status 1; see `train.watchdog`. 0 for no such watch.
       peak_flops: FLOP/s of one device, for `mfu` in `metrics.jsonl`; None for the dense bfloat16 peak of its kind, and
         no `mfu` where that is not known, as for CPUs.
     """
@@ -29,10 +34,13 @@ class LoopSettings(GuardSettings):
     save_every: Count = 200
     keep: Count = 2
     keep_every: Count | None = None
+    keep_best: str | None = None
+    best_is: Literal["highest", "lowest"] = "highest"
     log_every: Count = 20
     input_workers: Annotated[int, Range(0, 1024)] = 0
     writers: tuple[str, ...] = (TENSORBOARD,)
     profile: tuple[Count, Count] | None = None
+    watchdog: Annotated[float, Range(1, also=0)] = 300.0
     peak_flops: Positive | None = None
 
     def __post_init__(self):

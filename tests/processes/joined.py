@@ -1,0 +1,55 @@
+"""What tests of several joined processes start them with, and see of them."""
+
+import json
+import pathlib
+import re
+import socket
+import subprocess
+
+from tests.processes.watching import wait_for
+
+from ..advice import tried
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def losses(workdir) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
+    """The step at which a process that ends says that the other one is lost."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert re.search(
+        tried("has the cause; rerun the same command on all hosts to resume from the newest checkpoint"), errors
+    )
+    named = rf"HostLost: process {index} \(process id {other.pid} on {re.escape(socket.gethostname())}\)"
+    found = re.search(
+        rf"^{named} has given no sign of life for \d+ seconds, and was at step (\d+) then\. ", errors, re.M
+    )
+    assert found, errors
+    return int(found[1])
+
+
+def wait_for_beat(workdir: pathlib.Path, index: int, step: int, process: subprocess.Popen) -> None:
+    """Returns when a process has told the others that it is at a step, or later."""
+    path = workdir / "heartbeats" / f"{index}.json"
+
+    def is_there() -> bool:
+        text = path.read_text() if path.exists() else ""
+        return text.endswith("}") and f"process id {process.pid} " in text and json.loads(text)["step"] >= step
+
+    wait_for(is_there, process)

@@ -1,0 +1,79 @@
+"""Which process of a run counts as lost, and what is said of it."""
+
+from vlm_jax.train.watchdog import Beat, Judge
+
+
+class Run:
+    """Beats of three processes, looked at once a second by the second one, which loses another after five seconds."""
+
+    def __init__(self, mine=1):
+        self.beats = {index: Beat(index, f"place {index}", step=7, is_stepping=True) for index in range(3)}
+        self.judge, self.mine, self.now = Judge(mine, 5.0), mine, 100.0
+
+    def change(self, index, **values):
+        self.beats[index] = Beat(**{**vars(self.beats[index]), **values})
+
+    def after(self, seconds, silent=()):
+        """The verdict after so many looks; processes that are not silent beat before each."""
+        for _ in range(seconds):
+            self.now += 1
+            for index in set(self.beats) - set(silent):
+                self.change(index, count=self.beats[index].count + 1)
+            said = self.judge.verdict(self.beats, self.beats[self.mine], self.now)
+        return said
+
+
+def test_a_process_without_beats_is_named_with_its_step_after_the_limit():
+    run = Run()
+    assert run.after(60) is None
+    assert run.after(4, silent=[2]) is None
+    assert run.after(1) is None  # it was only slow
+    assert run.after(4, silent=[2]) is None
+    assert run.after(1, silent=[2]) == (
+        "process 2 (place 2) has given no sign of life for 5 seconds, and was at step 7 then"
+    )
+    assert run.after(1) is None
+    assert run.after(9, silent=[1]) is None  # itself
+
+
+def test_a_process_that_beats_and_takes_no_step_is_named():
+    run = Run()
+    run.change(0, step=8)
+    run.change(1, step=8)
+    assert run.after(5) is None  # from the first look on
+    assert run.after(1) == "process 2 (place 2) has been at step 7 for 5 seconds, while others are at step 8"
+    run.change(2, step=8)
+    assert run.after(20) is None  # all wait for the same step: none of them is to blame
+    run.change(1, step=9)
+    run.change(0, is_stepping=False)
+    run.change(2, is_stepping=False)
+    assert run.after(20) is None  # a compilation, or a checkpoint
+
+
+def test_a_process_that_ended_with_an_error_is_named_with_it_and_one_that_finished_is_not():
+    run = Run()
+    run.change(0, ended="")
+    run.change(2, ended="MalformedRecords: a.json:3")
+    assert run.after(5, silent=[0, 2]) is None
+    assert run.after(1, silent=[0, 2]) == "process 2 (place 2) ended at step 7: MalformedRecords: a.json:3"
+
+
+def test_all_lost_processes_are_named_but_only_the_first_where_it_is_lost_since_the_others_are_seen_through_it():
+    run = Run()
+    run.beats[3] = Beat(3, "place 3", step=6)
+    run.after(1)
+    assert run.after(6, silent=[2, 3]) == (
+        "process 2 (place 2) has given no sign of life for 6 seconds, and was at step 7 then; "
+        "process 3 (place 3) has given no sign of life for 6 seconds, and was at step 6 then"
+    )
+    assert run.after(6, silent=[0, 2, 3]) == (
+        "process 0 (place 0) has given no sign of life for 6 seconds, and was at step 7 then"
+    )
+
+
+def test_a_look_after_a_pause_of_its_own_begins_anew():
+    run = Run()
+    run.after(4, silent=[2])
+    run.judge.forget()
+    assert run.after(5, silent=[2]) is None
+    assert run.after(1, silent=[2]) is not None
