@@ -36,6 +36,7 @@ from .systems import (
     TEXT,
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     llava,
     llava_next,
@@ -44,6 +45,7 @@ from .systems import (
     qwen2_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -57,16 +59,18 @@ SYSTEMS = (
     llava_next,
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     ovis2,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
 FPS = 2.0

@@ -23,6 +23,11 @@ _SEPARATOR, _SUFFIX = "--", ".json"
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
+    "idefics3": (
+        "model.vision_model.embeddings.patch_embedding.weight",
+        "model.connector.modality_projection.proj.weight",
+        "model.text_model.embed_tokens.weight",
+    ),
     "internvl_chat": ("language_model.model.norm.weight",),
     "llava": (
         "language_model.model.embed_tokens.weight",
@@ -40,6 +45,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "vit": ("pooler.dense.weight",),
 }
+_KEYS["smolvlm"] = _KEYS["idefics3"]
 _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
 
 
