@@ -103,6 +103,12 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
+        "Idefics3, SmolVLM, SmolVLM2",
+        ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"),
+        "SigLIP tiles named in the text, pixel shuffle, Llama; SmolVLM: videos as frames with their times",
+        live="conversation (a video of SmolVLM too) to answer, and back",
+    ),
+    Row(
         "Ovis 2 (own names, `transformers`)",
         ("ovis", "ovis2"),
         "AIMv2, visual vocabulary, Qwen2",
@@ -179,8 +185,8 @@ Golden arrays are outputs of the official implementations (`tests/golden`). Live
 `transformers`, saved and loaded here (`tests/parity`): from a conversation to the answer, compared with its own
 processor, the ids are equal, pixels within 1e-5, logits within 1e-4 of the largest, and 32 greedy ids equal, for text,
 one image, two, and a video; "and back" means that `transformers` reads the output of `save_pretrained` and gives the
-same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL), as frames and as
-files that PyAV decodes for both; frames are resized with torch's rounding, which differs from Pillow's.
+same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM), as
+frames and as files that PyAV decodes for both; frames are resized with torch's rounding, which differs from Pillow's.
 
 A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
 c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.

@@ -7,8 +7,10 @@
 | `area` | torch `interpolate(mode="area")`, which is adaptive average pooling |
 | `overlap` | TensorFlow's `image.resize(method="area")`: samples weighted by their overlap with the window |
 | `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample are fixed |
+| `cell` | transformers' Idefics3: the sample in whose cell the output's first corner is |
 
-`bilinear` and `bilinear_antialias` also equal TensorFlow's `image.resize`.
+`bilinear` and `bilinear_antialias` also equal TensorFlow's `image.resize`. `cell` is exact, where transformers rounds
+by the device: a corner on an edge of cells may there fall into the cell before it, as with 25 samples of 25 on a CPU.
 """
 
 import functools
@@ -21,7 +23,7 @@ import scipy.sparse
 from jaxtyping import Float
 
 ResizeKind = Literal[
-    "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "overlap", "corner_linear"
+    "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "overlap", "corner_linear", "cell"
 ]
 
 AntialiasKind = Literal["bilinear_antialias", "bicubic_antialias", "box_antialias", "lanczos_antialias"]
@@ -198,6 +200,10 @@ def _corner_linear(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.
     return _triangle(np.linspace(0, size_in - 1, size_out)[outputs][:, None] - inputs)
 
 
+def _cell(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    return (outputs * size_in // size_out)[:, None] == inputs
+
+
 def _box(distance: np.ndarray) -> np.ndarray:
     return ((distance > -0.5) & (distance <= 0.5)).astype(float)
 
@@ -222,4 +228,5 @@ _WEIGHTS: dict[str, _Matrix] = {
     "area": _area,
     "overlap": _overlap,
     "corner_linear": _corner_linear,
+    "cell": _cell,
 }

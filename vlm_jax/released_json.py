@@ -112,6 +112,7 @@ SECTIONS = {
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
+    "video_sampling",
 }
 # Sections of some releases that are names in others.
 NAMES = ("model", "image", "text")
@@ -131,7 +132,7 @@ FORMS: dict[str, Form] = _table(
         moe_intermediate_size projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
-        tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings""",
+        tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor""",
     ),
     (
         COUNT | NULL,
@@ -207,18 +208,19 @@ FORMS: dict[str, Form] = _table(
     # processors
     (STATISTICS | NULL, "image_mean image_std mean std high_res_image_mean high_res_image_std"),
     (SIDE | NAMED_SIZE | list_of(SIDE, 1, 2) | NULL, "size crop_size high_res_size"),
+    (NAMED_SIZE | NULL, "max_image_size video_size"),
     (list_of(NUMBER, 3), "pixel_mean pixel_std"),
     (whole(0, 5) | NULL, "resample high_res_resample"),
     (POSITIVE | NULL, "rescale_factor"),
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token cap_pixels_per_frame""",
+        add_special_token cap_pixels_per_frame do_image_splitting""",
     ),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
     (AREA | NULL, "num_frames min_frames max_frames max_video_tokens"),
-    (whole(1, 1 << 16) | NULL, "image_seq_length num_image_tokens min_size"),
+    (whole(1, 1 << 16) | NULL, "image_seq_length image_seq_len num_image_tokens min_size"),
     (list_of(whole(0, 255), 3) | NULL, "background_color"),
     (list_of(PAIR), "candidate_resolutions"),
     (TEXT, "image_tag sft_format mode interpolation resize_mode"),

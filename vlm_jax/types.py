@@ -219,12 +219,14 @@ class VideoSize(NamedTuple):
       num_frames: number of sampled frames.
       height, width: of a frame, in pixels.
       times: of every frame, in seconds from the start; empty where only their rate is known.
+      duration: of the video that the frames are of, in seconds; None where only the frames are known.
     """
 
     num_frames: int
     height: int
     width: int
     times: tuple[float, ...] = ()
+    duration: float | None = None
 
 
 @struct

@@ -116,6 +116,17 @@ _DEEPSEEK = {
     "model.language_model.embed_tokens.weight": (1, 1),
     "lm_head.weight": (1, 1),
 }
+_IDEFICS3 = {
+    "model.vision_model.embeddings.patch_embedding.weight": (1,),
+    "model.connector.modality_projection.proj.weight": (1,),
+    "model.text_model.embed_tokens.weight": (1, 1),
+    "lm_head.weight": (1, 1),
+}
+_SPLIT_TAGS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
+_SPLIT_FILES = {
+    "preprocessor_config.json": {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
+    "processor_config.json": {"image_seq_len": 4},
+}
 FOLDERS = {
     "llava": Folder(
         {"model_type": "llava", "vision_config": CLIP, "text_config": LLAMA, "image_token_index": 259, **HEAD},
@@ -207,6 +218,26 @@ FOLDERS = {
         added=QWEN_TAGS,
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
+    ),
+    "idefics3": Folder(
+        {
+            "model_type": "idefics3",
+            "vision_config": {**SIGLIP, "image_size": 20},
+            "text_config": LLAMA,
+            "scale_factor": 2,
+            **HEAD,
+        },
+        names=_IDEFICS3,
+        added=_SPLIT_TAGS,
+        image="<image>",
+        files=_SPLIT_FILES,
+    ),
+    "smolvlm": Folder(
+        {"model_type": "smolvlm", "vision_config": SIGLIP, "text_config": LLAMA, "scale_factor": 1, **HEAD},
+        names=_IDEFICS3,
+        added=(*_SPLIT_TAGS, "<global-img>", "<video>"),
+        image="<image>",
+        files={**_SPLIT_FILES, "processor_config.json": {"image_seq_len": 16}},
     ),
     "internvl_chat": Folder(
         {"llm_config.vocab_size": VOCABULARY, "max_dynamic_patch": 3},

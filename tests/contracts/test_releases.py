@@ -50,6 +50,7 @@ TOKENS = {
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
     "deepseek_vl_v2": (4, 2),
+    "idefics3": (4, 3),
     "internvl": (4, 3),
     "internvl_chat": (16, 3),
     "llava": (16, 1),
@@ -65,6 +66,7 @@ TOKENS = {
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
     "qwen3_vl": (10, 1),
+    "smolvlm": (16, 3),
 }
 PACKED = ("llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
@@ -73,7 +75,7 @@ REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},
-    **{(name, "tome"): _GRID for name in ("ovis", "ovis2", "qwen")},
+    **{(name, "tome"): _GRID for name in ("idefics3", "ovis", "ovis2", "qwen")},
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
     ("deepseek_vl_hybrid", "tome"): "has no blocks of its own",

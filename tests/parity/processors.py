@@ -13,6 +13,7 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
     DeepseekVLHybridImageProcessorPil,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
@@ -22,6 +23,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
 from vlm_jax.pretrained.processing import PROCESSORS
 
@@ -242,4 +246,35 @@ def ovis2_processor(tiles=True):
         tokenizer("<image>", "<IMG_ATOM>", *INDICATORS),
         chat_template=template("<image>"),
         image_seq_length=4,
+    )
+
+
+SPLIT = {"size": {"longest_edge": 84}, "max_image_size": {"longest_edge": 28}}
+
+
+def split_tokens(*names):
+    """Tokens of Idefics3, some of whose numbered tags are text of several tokens."""
+    tags = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3)]
+    return ["<image>", "<fake_token_around_image>", "<end_of_utterance>", *tags, *names]
+
+
+def idefics3_processor(**options):
+    """Without a token `<global-img>`, as in the release."""
+    return transformers.Idefics3Processor(
+        Idefics3ImageProcessorPil(**SPLIT, **options),
+        tokenizer(*split_tokens()),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+
+
+def smolvlm_processor(**options):
+    # The package num2words, which the class demands, has these words for the frames of these tests.
+    processing_smolvlm.num2words = {1: "one", 3: "three", 4: "four"}.__getitem__
+    return transformers.SmolVLMProcessor(
+        SmolVLMImageProcessorPil(**SPLIT, **options),
+        tokenizer(*split_tokens("<global-img>", "<video>", "<|im_start|>")),
+        SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        image_seq_len=4,
+        chat_template=template("<image>"),
     )

@@ -11,12 +11,14 @@ from .processors import (
     VISION,
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
+    idefics3_processor,
     internvl_processor,
     llava_next_processor,
     llava_processor,
     ovis2_processor,
     qwen,
     save,
+    smolvlm_processor,
 )
 
 SAM = {
@@ -141,6 +143,23 @@ def internvl(folder, **text):
 def internvl_moe(folder):
     """InternVL 3.5 with experts, as its released files for transformers."""
     return internvl(folder, model_type="qwen3_moe", num_hidden_layers=3, head_dim=8, norm_topk_prob=True, **EXPERTS)
+
+
+def idefics3(folder, processor=None, name="Idefics3", side=35):
+    """Its table of positions has another grid than a tile where the sides differ."""
+    processor = processor or idefics3_processor()
+    model = getattr(transformers, f"{name}ForConditionalGeneration")
+    config = model.config_class(
+        vision_config={**SIGLIP, "image_size": side, "patch_size": 7},
+        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+    )
+    return saved(folder, processor, model(config))
+
+
+def smolvlm(folder):
+    return idefics3(folder, smolvlm_processor(), "SmolVLM", 28)
 
 
 def qwen_vl(folder, kind, config, model, vision, **more):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from vlm_jax.pretrained.processing import internvl_hf, qwen_hf
+from vlm_jax.pretrained.processing import idefics3, internvl_hf, qwen_hf
 from vlm_jax.processors.views import PictureMismatch
 
 LENGTHS = [(4, 8.0), (48, 8.0), (47, 25.0), (301, 29.97), (700, 30.0)]
@@ -56,6 +57,13 @@ def test_frames_of_internvl(tmp_path, stated, total, fps):
         wanted = None
     found = ours(internvl_hf._sampler(tmp_path), total, fps)
     assert wanted is None or found == wanted
+
+
+@pytest.mark.parametrize(("total", "fps"), [*LENGTHS, (1, 30.0), (3000, 25.0)])
+@pytest.mark.parametrize("stated", [{"fps": 1, "num_frames": 64}, {"fps": 0.5, "num_frames": 5}])
+def test_frames_of_smolvlm(stated, total, fps):
+    """Of the longer ones with 5 frames the first and the last second are skipped."""
+    assert ours(idefics3.sampler(stated), total, fps) == theirs(SmolVLMVideoProcessor(**stated), total, fps)
 
 
 @pytest.mark.parametrize("made", [Qwen2VLVideoProcessor, InternVLVideoProcessor])

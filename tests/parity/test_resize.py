@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
 from vlm_jax.layers.resize import resize, resize_axis
 from vlm_jax.processors.image import resize_in_fixed_point
@@ -37,7 +39,22 @@ def test_corner_linear_is_torch_with_aligned_corners(before, after):
     np.testing.assert_allclose(resize_axis(x, 0, after, "corner_linear"), expected[0].numpy().T, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("table", "side"), [(5, 4), (4, 7), (26, 26), (27, 27), (32, 32), (3, 50)])
+def test_cells_are_those_of_idefics3(table, side):
+    """Also of the released sizes, whose grid is that of the table: corners are on the edges of cells."""
+    sizes = {"image_size": table, "patch_size": 1, "hidden_size": 1, "num_channels": 1, "num_attention_heads": 1}
+    embeddings = Idefics3VisionEmbeddings(Idefics3VisionConfig(**sizes))
+    with torch.no_grad():
+        embeddings.position_embedding.weight.copy_(torch.arange(table * table)[:, None])
+        embeddings.patch_embedding.weight.zero_()
+        embeddings.patch_embedding.bias.zero_()
+        whole = torch.ones((1, side, side), dtype=torch.bool)
+        expected = embeddings(torch.zeros((1, 1, side, side)), whole).reshape(side, side, 1).numpy()
+    rows = np.arange(table * table, dtype=np.float32).reshape(table, table, 1)
+    np.testing.assert_array_equal(resize(rows, (side, side), "cell"), expected)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(("before", "after"), [*SIZES, ((360, 640), (252, 448)), ((131, 97), (300, 97))])
 def test_pixels_of_8_bits_as_torch(mode, before, after):
     """Bit for bit, and so torchvision's `resize` of a video's frames."""

@@ -36,6 +36,7 @@ from .systems import (
     TEXT,
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     internvl_moe,
     llava,
@@ -45,6 +46,7 @@ from .systems import (
     qwen2_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -58,6 +60,7 @@ SYSTEMS = (
     llava_next,
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     internvl_moe,
     ovis2,
@@ -65,10 +68,11 @@ SYSTEMS = (
     qwen2_5_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
 FPS = 2.0

@@ -32,6 +32,7 @@ from .processors import pictures
 from .systems import (
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     llava,
     llava_next,
@@ -40,6 +41,7 @@ from .systems import (
     qwen2_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 
 SYSTEMS = (
@@ -47,12 +49,14 @@ SYSTEMS = (
     llava_next,
     deepseek_vl,
     deepseek_vl_hybrid,
+    idefics3,
     internvl,
     ovis2,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
 )
 STEPS, RATE = 5, 1e-3
 SETTINGS = OptimizerSettings(weight_decay=0.5, clip_norm=1.0)

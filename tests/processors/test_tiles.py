@@ -9,6 +9,7 @@ from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import ovis_size
+from vlm_jax.processors.split_tiles import SplitViews
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.views import NoViews
@@ -182,6 +183,7 @@ BUDGETED = [
     (DeepSeekVL2Views(Pixels(), 8, (2, 2), ((8, 8), (8, 16), (16, 8), (16, 16))), 17, 13),
     (Ovis2Views(Pixels(), 8, 2, 9), 15, 5),
     (anyres("spatial_unpad", canvases=((8, 16), (16, 16))), 14, 14),
+    (SplitViews(Pixels(), 8, 2, 32), 10, 2),  # of 34: two rows and columns, and the whole
     (SquareViews(Pixels(), (8, 8), 4), 4, 4),
     (FixedTilesViews(Pixels(), (8, 8), 2, (1, 2), thumbnail=True), 6, 6),
     (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 4096, 4096, image_edges=(0, 1)), 20, 3),
@@ -200,6 +202,14 @@ def test_no_picture_takes_more_than_its_budget(views, budget, least):
         InfeasibleBudget, match=f"takes at least {least} visual tokens, more than the {least - 1} allowed"
     ):
         views.within(least - 1)
+
+
+def test_splitting_is_kept_as_long_as_a_square_picture_fits():
+    """4 x 4 tiles and the whole are 34 tokens, 3 x 3 are 20, 2 x 2 are 10; without splitting 2 are left."""
+    views = SplitViews(Pixels(), 8, 2, 32)
+    assert [len(views.within(most).layouts([(8, 8)])[0]) for most in (34, 33, 20, 19, 10, 9)] == [34, 20, 20, 10, 10, 2]
+    assert views.tile_grids([(8, 8), (30, 61), (60, 11)]) == [(4, 4), (2, 4), (4, 1)]
+    assert views.within(2).tile_grids([(30, 61)]) == [None]
 
 
 @pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)

@@ -23,6 +23,7 @@ from vlm_jax.processors.video import (
     MiddleSampler,
     RateSampler,
     SegmentSampler,
+    SpreadSampler,
     read_video,
     uniform_frames,
     video_size,
@@ -263,3 +264,12 @@ def test_settings_of_a_video_sample_its_frames_where_a_folder_does_not():
     assert sampler.following(FrameSettings()) is sampler
     assert sampler.following(FrameSettings(nframes=2)).chosen(48, 8.0).tolist() == [12, 36]
     assert sampler.following(FrameSettings(fps=1)).chosen(48, 8.0).tolist() == [4, 12, 20, 28, 36, 44]
+
+
+@pytest.mark.parametrize(("settings", "count"), [({"fps": 2}, 8), ({"max_frames": 3}, 3), ({"nframes": 5}, 5)])
+def test_a_spread_sampler_has_no_minimum(settings, count):
+    with pytest.raises(
+        PictureMismatch, match=tried("this system has no minimum of frames; set fps, max_frames or nframes")
+    ):
+        SpreadSampler().following(FrameSettings(min_frames=4))
+    assert len(SpreadSampler().following(FrameSettings(**settings)).chosen(40, 10.0)) == count

@@ -1,4 +1,4 @@
-"""InternVL's and DeepSeek-VL2's connector: squares of neighbours become one token of factor**2 times the width."""
+"""Connector of InternVL, DeepSeek-VL2 and Idefics3: squares of neighbours become one token of factor**2 the width."""
 
 from typing import Literal
 
@@ -41,6 +41,7 @@ class PixelShuffle(CoveringSquares, nn.Module):
     | InternVL, ps_version `v2` | the defaults |
     | InternVL, ps_version `v1` or none | version `v1` |
     | DeepSeek-VL2 | no norm |
+    | Idefics3, SmolVLM | no norm, depth 1, no use_bias |
 
     Squares at the bottom and the right of a grid that the factor does not divide are padded with zeros, as
     in DeepSeek-VL2, whose 27x27 features give 14x14 tokens; InternVL has no such grids.
@@ -53,12 +54,14 @@ class PixelShuffle(CoveringSquares, nn.Module):
       norm_epsilon: its epsilon.
       mlp_dim: hidden width of the MLP; D when None.
       depth: linear layers of the MLP.
+      use_bias: biases on them.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
     Source: Chen et al. 2024 (InternVL 1.5), section 3.1; internvl_chat, modeling_internvl_chat.py; Wu et
     al. 2024 (DeepSeek-VL2), section 2; DeepSeek-VL2, MlpProjector, which unfolds channels first: its
-    weights' rows are reordered when they are loaded.
+    weights' rows are reordered when they are loaded; Laurençon et al. 2024 (Idefics3), section 4.1; transformers,
+    models/idefics3, Idefics3Connector.
     """
 
     kind = "pixel_shuffle"
@@ -70,6 +73,7 @@ class PixelShuffle(CoveringSquares, nn.Module):
     norm_epsilon: NonNegative = 1e-5
     mlp_dim: Size | None = None
     depth: Depth = 2
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -81,6 +85,12 @@ class PixelShuffle(CoveringSquares, nn.Module):
         if self.norm is not None:
             x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x)
         mlp = Mlp(
-            self.mlp_dim or self.features, "gelu", out_dim=self.features, depth=self.depth, name="mlp", **settings
+            self.mlp_dim or self.features,
+            "gelu",
+            out_dim=self.features,
+            use_bias=self.use_bias,
+            depth=self.depth,
+            name="mlp",
+            **settings,
         )
         return VisualTokens(mlp(x), mask)

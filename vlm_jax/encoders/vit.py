@@ -26,6 +26,7 @@ class ViT(Trunk, kw_only=True):
     | ViT (big_vision) | class_token, pooling `token`; or pooling `map` |
     | CLIP | class_token, class_position, pre_norm, no patch_bias, `quick_gelu`, final_norm `pooled` |
     | SigLIP, SigLIP 2 | pooling `map` |
+    | Idefics3, SmolVLM | position_interpolation `cell` |
     | InternViT | class_token, class_position, layer_scale, qk_norm over the width, final_norm `none` |
     | DINOv2 | class_token, class_position, layer_scale, position_interpolation `bicubic`; num_registers; gated |
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |

@@ -19,10 +19,16 @@ from vlm_jax.types import Config, Dtype, Fields
 _FOLDER = resources.files("vlm_jax.pretrained") / "released"
 _SEPARATOR, _SUFFIX = "--", ".json"
 
+_IDEFICS3 = (
+    "model.vision_model.embeddings.patch_embedding.weight",
+    "model.connector.modality_projection.proj.weight",
+    "model.text_model.embed_tokens.weight",
+)
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
+    "idefics3": _IDEFICS3,
     "internvl_chat": ("language_model.model.norm.weight",),
     "llava": (
         "language_model.model.embed_tokens.weight",
@@ -38,6 +44,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "qwen2_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
     "qwen3_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
+    "smolvlm": _IDEFICS3,
     "vit": ("pooler.dense.weight",),
 }
 _KEYS["llavaonevision1_5"] = _KEYS["qwen2_vl"]

@@ -67,6 +67,10 @@ class DownsampledViews(Tiles):
         """Those of `base`."""
         return self.base.loads(sizes)
 
+    def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
+        """Those of `base`."""
+        return self.base.tile_grids(sizes)
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:

@@ -38,11 +38,11 @@ ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp
 FIXED_POINT: dict[Image.Resampling, AntialiasKind] = {
     Image.Resampling.BILINEAR: "bilinear_antialias",
     Image.Resampling.BICUBIC: "bicubic_antialias",
+    Image.Resampling.LANCZOS: "lanczos_antialias",
 }
 ANTIALIAS: dict[Image.Resampling, AntialiasKind] = {
     **FIXED_POINT,
     Image.Resampling.BOX: "box_antialias",
-    Image.Resampling.LANCZOS: "lanczos_antialias",
 }
 _CHUNK = 1 << 22  # values that are computed at once
 

@@ -196,6 +196,10 @@ class NativeViews:
         """Sequence length of the packed patches of each image."""
         return [self._load(1, self.size(size)) for size in sizes]
 
+    def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
+        """Nones: there are no tiles."""
+        return [None] * len(sizes)
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:

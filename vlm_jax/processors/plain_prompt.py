@@ -9,7 +9,7 @@ from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import PromptError, Targets, Turns, answer_weights
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Message
+from vlm_jax.types import Grid, Message
 
 # Number of texts whose ids are cached: questions and short answers repeat during a run.
 CACHED_TEXTS = 1 << 16
@@ -53,6 +53,8 @@ class PlainPrompt:
         targets: Targets = False,
         turns: Turns = "all",
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
@@ -61,7 +63,7 @@ class PlainPrompt:
           PromptError: no question, or any variables.
           UnknownText: a word that the vocabulary lacks, or the name of a special token.
         """
-        del add_generation_prompt  # there is no generation prompt
+        del add_generation_prompt, grids, durations  # not written
         check_message_keys(messages)
         if variables:
             raise PromptError(f"without a chat template, {', '.join(variables)} are unused; leave them out")

@@ -41,7 +41,7 @@ from vlm_jax.processors.video import (
     times_of_parts,
 )
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
-from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape, VideoSize
+from vlm_jax.types import ROW_KEYS, Batch, Fields, Grid, Load, RowShape, VideoSize
 
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
@@ -84,6 +84,18 @@ class Place(NamedTuple):
     prepared: PreparedImage | None
     tokens: Tokens | None
     time: float = 0.0
+
+
+class ImagePlaces(NamedTuple):
+    """The places of one image.
+
+    Attributes:
+      grid: rows and columns of its tiles, where they have places of their own; None where the image has one place.
+      places: of the tiles row by row, then of the whole image; or the one.
+    """
+
+    grid: Grid | None
+    places: list[Place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +337,8 @@ class Processor:
         limits = max_visual_tokens, max_video_tokens
         sizes = [(picture.height, picture.width) for picture in pictures]
         clip_sizes = [
-            VideoSize(len(clip.frames), clip.frames[0].height, clip.frames[0].width, clip.times) for clip in read
+            VideoSize(len(clip.frames), clip.frames[0].height, clip.frames[0].width, clip.times, clip.duration)
+            for clip in read
         ]
         with error_context(name):
             places = (
@@ -335,6 +348,7 @@ class Processor:
         return self._example(
             messages,
             *places,
+            durations=[_duration(size) for size in clip_sizes],
             name=name,
             targets=targets,
             turns=turns,
@@ -382,6 +396,7 @@ class Processor:
         example = self._example(
             messages,
             *places,
+            durations=[_duration(size) for size in videos],
             name=name,
             targets=targets,
             turns=turns,
@@ -403,8 +418,8 @@ class Processor:
         most: int | None,
         own: Sequence[ItemSize],
         pictures: Sequence[Image.Image] | None = None,
-    ) -> list[Place]:
-        """The place of each image of a conversation; those with an own size are laid out one by one."""
+    ) -> list[ImagePlaces]:
+        """The places of each image of a conversation; those with an own size are laid out one by one."""
         if any(size != ItemSize() for size in own):
             alone = [None] * len(sizes) if pictures is None else [[picture] for picture in pictures]
             every = zip(sizes, own, alone, strict=True)
@@ -413,13 +428,22 @@ class Processor:
 
     def _places(
         self, sizes: Sequence[Size], most: int | None, own: ItemSize, pictures: Sequence[Image.Image] | None
-    ) -> list[Place]:
+    ) -> list[ImagePlaces]:
         """The places of images with the same settings."""
         views = self._bounded(self.views.sized(own), most)
         full = views if self.reduction is None else self._bounded(self.reduction.before.sized(own), most)
         made = [None] * len(sizes) if pictures is None else views.images(pictures)
-        parts = zip(views.layouts(sizes), full.layouts(sizes), views.loads(sizes), made, strict=True)
-        return [self._place(layout, before, load, one) for layout, before, load, one in parts]
+        grids, loads = views.tile_grids(sizes), views.loads(sizes)
+        found = []
+        for grid, layout, before, load, one in zip(
+            grids, views.layouts(sizes), full.layouts(sizes), loads, made, strict=True
+        ):
+            count = 1 if grid is None else load
+            parts = [None] * count if one is None else [one] if grid is None else one.in_tiles(load)
+            ends = (len(layout) // count, len(before) // count)  # every tile is laid out as the first
+            places = [self._place(layout[: ends[0]], before[: ends[1]], load // count, part) for part in parts]
+            found.append(ImagePlaces(grid, places))
+        return found
 
     def _video_places(
         self,
@@ -431,7 +455,8 @@ class Processor:
         """The places of each video of a conversation, over which its load is divided."""
         found = []
         reduction = self.reduction
-        for number, ((count, height, width, times), item) in enumerate(zip(videos, own, strict=True)):
+        for number, (video, item) in enumerate(zip(videos, own, strict=True)):
+            count, height, width, times, _ = video
             views = self.views.sized(item)
             full = views if reduction is None else reduction.before.sized(item)
             layouts = views.video_layouts(count, (height, width), most)
@@ -458,9 +483,10 @@ class Processor:
     def _example(
         self,
         messages: Conversation,
-        images: list[Place],
+        images: list[ImagePlaces],
         videos: list[list[Place]],
         *,
+        durations: Sequence[float],
         name: str,
         targets: Targets,
         turns: Turns,
@@ -469,7 +495,10 @@ class Processor:
         continuation: str,
         **variables: object,
     ) -> Example:
-        counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
+        counts = tuple(
+            [sum(len(one.layout) for one in parts) for parts in of_kind]
+            for of_kind in ([image.places for image in images], videos)
+        )
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
             for i, count in enumerate(of_kind):
                 if limit is not None and count > limit:
@@ -483,16 +512,19 @@ class Processor:
                 targets=targets,
                 turns=turns,
                 continuation=continuation,
+                grids=[image.grid for image in images],
+                durations=durations,
                 **variables,
             )
             if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
                 raise PromptError("expected at least one assistant message for training, got none")
         waiting: dict[Kind, list[Place]] = {
-            "image": list(images),
+            "image": list(itertools.chain(*(image.places for image in images))),
             "video": list(itertools.chain(*videos)),
         }
         self._check_ids(pieces, name)
-        filled, order = self._filled(pieces, waiting, messages, name)
+        num_tiles = sum(len(image.places) for image in images) - len(images)
+        filled, order = self._filled(pieces, waiting, messages, name, num_tiles)
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
             raise SequenceTooLong(
@@ -503,7 +535,8 @@ class Processor:
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
         if self.reduction is not None and self.reduction.question is not None:
             kinds: list[Kind] = [piece.kind for piece in pieces if isinstance(piece, Slot)]
-            own = self._messages_of(messages, kinds, [len(parts) for parts in videos])
+            parts = [len(image.places) for image in images], [len(parts) for parts in videos]
+            own = self._messages_of(messages, kinds, *parts)
             learned = np.flatnonzero(answer_weights(messages, turns)).tolist() if targets else ()
             asked = self.reduction.question(messages, self.placeholders, own, name, learned)
             tokens = tuple(dataclasses.replace(one, question=its) for one, its in zip(tokens, asked, strict=True))
@@ -512,12 +545,17 @@ class Processor:
         taken = Load(length, load, kept, len(order))
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
-    def _messages_of(self, messages: Conversation, kinds: Sequence[Kind], parts: Sequence[int]) -> list[int]:
-        """The number of the message of each place, from its kind and the number of parts of each video."""
+    def _messages_of(
+        self, messages: Conversation, kinds: Sequence[Kind], of_images: Sequence[int], of_videos: Sequence[int]
+    ) -> list[int]:
+        """The number of the message of each place, from its kind and the number of places of each image and video."""
         images, videos = (
             messages_of(messages, kind, self.prompt.placeholders.get(kind, ())) for kind in ("image", "video")
         )
-        own = {"image": iter(images), "video": iter(np.repeat(videos, parts).tolist())}
+        own = {
+            "image": iter(np.repeat(images, of_images).tolist()),
+            "video": iter(np.repeat(videos, of_videos).tolist()),
+        }
         return [next(own[kind]) for kind in kinds]
 
     def _check_questions(self, example: Example) -> None:
@@ -569,15 +607,18 @@ class Processor:
         waiting: Mapping[Kind, list[Place]],
         messages: Conversation,
         name: str,
+        num_tiles: int,
     ) -> tuple[list[Text | Visual], list[Place]]:
+        """The pieces with their places, which are returned in order; images have `num_tiles` places beyond one each."""
         marks = [(mark, kind) for kind, marks in self.prompt.placeholders.items() for mark in marks]
         for kind, places in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
+            more = num_tiles if kind == "image" and wanted > len(places) else 0
             if wanted != len(places):
                 found = ((n, mark, of) for n, text in texts_of(messages) for mark, of in marks if mark in text)
                 said = "".join(f"; message {n} writes '{mark}', which stands for a {of}" for n, mark, of in found)
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted} {kind} placeholders, but got {len(places)}; pass one "
+                    f"{name}: its text has {wanted - more} {kind} placeholders, but got {len(places) - more}; pass one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}{said}'
                 )
         filled: list[Text | Visual] = []
@@ -613,6 +654,11 @@ class Processor:
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
+
+
+def _duration(size: VideoSize) -> float:
+    """The duration of a video in seconds; of frames, the time of the last one."""
+    return size.times[-1] if size.duration is None else size.duration
 
 
 def _times(count: int, fps: float | int) -> tuple[float, ...]:

@@ -1,10 +1,11 @@
 """Converts messages to the ids of a prompt, with slots for images."""
 
 import dataclasses
+import datetime
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from vlm_jax.processors.as_released import Released
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
@@ -23,8 +24,9 @@ from vlm_jax.processors.learned import (
     texts,
     without_weights,
 )
+from vlm_jax.processors.number_words import in_words
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Config, Message
+from vlm_jax.types import Config, Grid, Message
 
 Stretch = tuple[str | Kind, list[Span]]  # a text or the kind of a placeholder, and its trained spans
 
@@ -68,6 +70,8 @@ class Prompt(Protocol):
         targets: Targets,
         turns: Turns,
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation, in order.
@@ -81,9 +85,46 @@ class Prompt(Protocol):
             "as_released" the release's faults are kept; see `as_released`.
           turns: which answers are learned; see `learned.answer_weights`.
           continuation: text that follows the start of the answer, whose tokens are learned; without `targets` only.
+          grids: of each of the conversation's images, the rows and columns of tiles that have slots of their own,
+            before a slot of the whole image; None, or none at all, for an image with one slot.
+          durations: of each of the conversation's videos, in seconds.
           **variables: further variables of the template.
         """
         ...
+
+
+class Slots(NamedTuple):
+    """Arguments of `Prompt.__call__`: the times of the slots of each video, grids of images, durations of videos."""
+
+    times: Sequence[Sequence[float]]
+    grids: Sequence[Grid | None] = ()
+    durations: Sequence[float] = ()
+
+
+class TiledText(NamedTuple):
+    """What is encoded for an image whose tiles have slots of their own, before the text of an image with one slot.
+
+    Attributes:
+      tile: for a tile, with its number `{row}` and `{column}`, from 1.
+      row_end: after the tiles of a row.
+      end: after all tiles.
+    """
+
+    tile: str
+    row_end: str
+    end: str
+
+
+class VideoText(NamedTuple):
+    """What is encoded around the slots of a video.
+
+    Attributes:
+      start: with `{count}`, the number of slots in words, and `{duration}`, as hours:minutes:seconds.
+      end: after them.
+    """
+
+    start: str
+    end: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +136,10 @@ class TemplatePrompt:
       tokenizer: encodes it.
       marks: kind -> what the template writes for an image or a video.
       texts: kind -> the text to encode for it: the placeholder token, and tags around it. `{number}` is the
-        number of a video's slot, from 1, and `{seconds}` its time, with one decimal place.
+        number of a video's slot, from 1, and its time is `{seconds}`, with one decimal place, or `{clock}`, as
+        minutes:seconds.
+      tiled: of an image whose tiles have slots of their own; None where none has.
+      around_video: what is encoded around the slots of a video; None for nothing.
       between: text between the slots of one video.
       tokens: kind -> the placeholder token.
       split: encodes the text between the marks separately; then a mark has no text and no tags, and
@@ -105,6 +149,7 @@ class TemplatePrompt:
       begins: adds the tokenizer's start and end tokens to a text that does not start with the BOS, as
         processors of transformers do; its tokenizers do not.
       training: template for training, where the release has another one.
+      of_videos: template of conversations with a video, where the release has another one.
       learned: what the release learns of a conversation.
       released: what its code learns with its faults; None where it has none.
     """
@@ -114,11 +159,14 @@ class TemplatePrompt:
     marks: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     tokens: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     texts: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
+    tiled: TiledText | None = None
+    around_video: VideoText | None = None
     between: str = "\n"
     split: bool = False
     joined: str | None = None
     begins: bool = True
     training: ChatTemplate | None = None
+    of_videos: ChatTemplate | None = None
     learned: Learned = Learned()  # noqa: RUF009
     released: Released | None = None
 
@@ -139,6 +187,8 @@ class TemplatePrompt:
         targets: Targets = False,
         turns: Turns = "all",
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. A continuation is encoded together with the text before it."""
@@ -151,36 +201,40 @@ class TemplatePrompt:
         if targets and not self.learned.questions and not with_faults:
             messages = [self._only_images(message) if message["role"] == "user" else message for message in messages]
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
-        template = self.training or self.template
+        written = Slots(places, grids, durations)
+        shows_video = any(item["type"] == "video" for _, item in media_items(messages))
+        template = (self.of_videos if shows_video else None) or self.template
         if with_faults:
             if turns != "all" or any("loss" in message or "weight" in message for message in messages):
                 raise PromptError(
                     f"targets='{AS_RELEASED}' learns what the release's code does; remove turns={turns!r} and the keys "
                     "loss and weight of messages"
                 )
-            return self._as_released(template, messages, places, variables)
+            return self._as_released(self.training or template, messages, written, variables)
         if targets:
-            text, spans = render_learned(template, messages, self.tokenizer, self.learned, turns, **variables)
+            text, spans = render_learned(
+                self.training or template, messages, self.tokenizer, self.learned, turns, **variables
+            )
         else:
-            text, spans = self.template.render(without_weights(messages), **variables), []
+            text, spans = template.render(without_weights(messages), **variables), []
         self._check_written(messages, text)
         if continuation:
             spans = [*spans, Span(len(text), len(text) + len(continuation))]
             text += continuation
-        pieces = self._pieces(text, spans, places)
+        pieces = self._pieces(text, spans, written)
         return self._with_tokens(pieces) if targets and turns == "all" and self.learned.tokens else pieces
 
-    def _pieces(self, text: str, spans: Sequence[Span], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
+    def _pieces(self, text: str, spans: Sequence[Span], slots: Slots) -> list[Text | Slot]:
         stretches = self._stretches(text, spans)
-        return self._in_pieces(stretches, places) if self.split else self._as_whole(stretches, places)
+        return self._in_pieces(stretches, slots.times) if self.split else self._as_whole(stretches, slots)
 
     def _as_released(
-        self, template: ChatTemplate, messages: Sequence[Message], places: Sequence[Sequence[float]], variables: Config
+        self, template: ChatTemplate, messages: Sequence[Message], slots: Slots, variables: Config
     ) -> list[Text | Slot]:
         """The pieces with what the release's code learns."""
         assert self.released is not None
         text = self.released.text(template, without_weights(messages), variables)
-        pieces = self._pieces(text, (), places)
+        pieces = self._pieces(text, (), slots)
         ids: list[int | None] = [i for p in pieces for i in (p.ids if isinstance(p, Text) else (None,))]
         if not self.split:
             for kind, mark in self.marks.items():
@@ -258,21 +312,22 @@ class TemplatePrompt:
             start = stop
         return found
 
-    def _as_whole(self, stretches: Sequence[Stretch], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
-        remaining, written = iter(places), ""
+    def _as_whole(self, stretches: Sequence[Stretch], slots: Slots) -> list[Text | Slot]:
+        of_images, of_videos, written = iter(slots.grids), iter(range(len(slots.times))), ""
         kinds: list[Kind] = []
         spans: list[Span] = []
         for number, (stretch, own) in enumerate(stretches):
             spans += [Span(len(written) + start, len(written) + stop, weight) for start, stop, weight in own]
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
-                times = next(remaining, (0.0,)) if kind == "video" else (0.0,)
-                kinds.extend(itertools.repeat(kind, len(times)))
-                form = self.texts.get(kind, self.tokens[kind])
-                stretch = self.between.join(
-                    form.replace("{number}", str(number)).replace("{seconds}", f"{seconds:.1f}")
-                    for number, seconds in enumerate(times, 1)
-                )
+                if kind == "video":
+                    video = next(of_videos, None)
+                    times = (0.0,) if video is None else slots.times[video]
+                    duration = slots.durations[video] if video is not None and slots.durations else 0.0
+                    stretch, count = self._video_text(times, duration), len(times)
+                else:
+                    stretch, count = self._image_text(kind, next(of_images, None))
+                kinds.extend(itertools.repeat(kind, count))
             written += stretch
         holders = {self.tokenizer.id_of(token) for token in self.tokens.values()}
         pieces: list[Text | Slot] = []
@@ -285,6 +340,34 @@ class TemplatePrompt:
                 pieces += [*texts(ids[start:place], learned[start:place]), slot]
                 start = place + 1
         return [*pieces, *texts(ids[start:], learned[start:])]
+
+    def _image_text(self, kind: Kind, grid: Grid | None) -> tuple[str, int]:
+        """The text of an image, and its number of slots."""
+        whole = self.texts.get(kind, self.tokens[kind])
+        if grid is None or self.tiled is None:
+            return whole, 1
+        rows, cols = grid
+        written = ""
+        for row in range(1, rows + 1):
+            for column in range(1, cols + 1):
+                written += self.tiled.tile.replace("{row}", str(row)).replace("{column}", str(column))
+            written += self.tiled.row_end
+        return f"{written}{self.tiled.end}{whole}", rows * cols + 1
+
+    def _video_text(self, times: Sequence[float], duration: float) -> str:
+        form = self.texts.get("video", self.tokens["video"])
+        parts = [
+            form.replace("{number}", str(number))
+            .replace("{seconds}", f"{seconds:.1f}")
+            .replace("{clock}", f"{int(seconds // 60):02d}:{int(seconds % 60):02d}")
+            for number, seconds in enumerate(times, 1)
+        ]
+        written = self.between.join(parts)
+        if self.around_video is None:
+            return written
+        start = self.around_video.start.replace("{count}", in_words(len(times)))
+        start = start.replace("{duration}", str(datetime.timedelta(seconds=int(duration))))
+        return f"{start}{written}{self.around_video.end}"
 
     def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
         """Every piece with the tokenizer's start and end tokens; only the first keeps its BOS.

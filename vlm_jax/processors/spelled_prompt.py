@@ -19,7 +19,7 @@ from vlm_jax.processors.learned import (
 from vlm_jax.processors.list_format import PICTURE, from_list_format, tagged_parts
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Message, Params
+from vlm_jax.types import Grid, Message, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,15 @@ class DeepSeekVL2Prompt:
         targets: Targets = False,
         turns: Turns = "all",
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer.
 
         An answer at the end of a prompt lacks its end token: the model writes on from there.
         """
+        del grids, durations  # not written
         _refuse(messages, places, variables)
         weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
@@ -127,12 +130,15 @@ class QwenVLPrompt:
         targets: Targets = False,
         turns: Turns = "all",
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
 
         In training the tags of every turn are learned too, and the last turn ends with a newline, as in the release.
         """
+        del grids, durations  # not written
         _refuse(messages, places, variables)
         weights, messages = answer_weights(messages, turns), without_weights(messages)
         if targets == AS_RELEASED and messages and messages[0]["role"] == "assistant":

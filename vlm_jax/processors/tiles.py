@@ -126,8 +126,70 @@ def _count(tokens: Grid | int) -> int:
     return tokens if isinstance(tokens, int) else math.prod(tokens)
 
 
+class FrameTiles(Tiles):
+    """Base of views of square tiles in which a frame of a video is one tile, with a place of its own.
+
+    Attributes:
+      pixels: resizing and normalisation.
+      side: side of a tile, in pixels.
+      num_tokens: visual tokens of a tile.
+      video_pixels: resizing and normalisation of a video's frames; `pixels` when None.
+    """
+
+    pixels: Pixels
+    side: int
+    num_tokens: int
+    video_pixels: Pixels | None
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.num_tokens
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return self.side, self.side, self.pixels.channels
+
+    @property
+    def frame_pixels(self) -> Pixels:
+        """Resizing and normalisation of frames."""
+        return self.video_pixels or self.pixels
+
+    def frame_tile(self, frame: Image.Image) -> Image.Image:
+        """The tile of a frame, in 8 bits."""
+        return self.frame_pixels.resized(frame, (self.side, self.side))
+
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """One layout per selected frame."""
+        return [np.arange(self.num_tokens)] * self.video_load(num_frames, size, max_tokens)
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """Number of selected frames: fewer, evenly spaced, where all would exceed `max_tokens`."""
+        del size
+        if max_tokens is None:
+            return num_frames
+        if max_tokens < self.num_tokens:
+            raise too_few(max_tokens, self.num_tokens, "a video")
+        return min(num_frames, max_tokens // self.num_tokens)
+
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[PreparedImage]:
+        """Every selected frame as one tile and a separate entry; see `video_load`."""
+        del fps  # the frame rate is not used
+        count = self.video_load(len(frames), height_and_width(frames[0]), max_tokens)
+        if count < len(frames):
+            frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
+        return [self._prepared([self.frame_tile(frame)], self.frame_pixels) for frame in frames]
+
+    def _prepared(self, tiles: list[Image.Image], pixels: Pixels) -> PreparedImage:
+        count = len(tiles) * self.num_tokens
+        return PreparedImage(pixels.tiles(tiles), count, np.arange(count))
+
+
 @dataclasses.dataclass(frozen=True)
-class InternVLViews(Tiles):
+class InternVLViews(FrameTiles):
     """Tiles of the grid whose aspect ratio is closest to the image's, then the whole image if there are several.
 
     Attributes:
@@ -166,7 +228,7 @@ class InternVLViews(Tiles):
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares every image independently."""
-        return [self._seen(self.tiles(picture), self.pixels) for picture in pictures]
+        return [self._prepared(self.tiles(picture), self.pixels) for picture in pictures]
 
     def within(self, max_tokens: int) -> "InternVLViews":
         """The same views with fewer tiles, including the whole image."""
@@ -190,44 +252,6 @@ class InternVLViews(Tiles):
         """Tiles of each image, including the whole image."""
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [count + (self.thumbnail and count > 1) for count in counts]
-
-    @property
-    def tile_tokens(self) -> int:
-        """Visual tokens of a tile."""
-        return self.num_tokens
-
-    @property
-    def tile_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of a tile."""
-        return self.side, self.side, self.pixels.channels
-
-    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """One layout per selected frame."""
-        return [np.arange(self.num_tokens)] * self.video_load(num_frames, size, max_tokens)
-
-    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
-        """Number of selected frames: fewer, evenly spaced, where all would exceed `max_tokens`."""
-        del size
-        if max_tokens is None:
-            return num_frames
-        if max_tokens < self.num_tokens:
-            raise too_few(max_tokens, self.num_tokens, "a video")
-        return min(num_frames, max_tokens // self.num_tokens)
-
-    def video(
-        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
-    ) -> list[PreparedImage]:
-        """Every selected frame as one tile and a separate entry; see `video_load`."""
-        del fps  # the frame rate is not used
-        count = self.video_load(len(frames), height_and_width(frames[0]), max_tokens)
-        if count < len(frames):
-            frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
-        pixels = self.video_pixels or self.pixels
-        return [self._seen([pixels.resized(frame, (self.side, self.side))], pixels) for frame in frames]
-
-    def _seen(self, tiles: list[Image.Image], pixels: Pixels) -> PreparedImage:
-        count = len(tiles) * self.num_tokens
-        return PreparedImage(pixels.tiles(tiles), count, np.arange(count))
 
 
 @dataclasses.dataclass(frozen=True)

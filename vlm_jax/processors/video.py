@@ -197,6 +197,48 @@ class MiddleSampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpreadSampler:
+    """A number of frames per second up to a maximum, spread from the first to the last: SmolVLM.
+
+    Of a video that is longer than the maximum takes, the first and the last second are skipped.
+
+    Attributes:
+      fps: sampled frames per second.
+      max_frames: maximum.
+      nframes: the number itself, for any length; None for `fps`.
+
+    Source: transformers, models/smolvlm/video_processing_smolvlm.py, sample_frames, whose maximum is multiplied by the
+    rate where a length in seconds is compared with it.
+    """
+
+    fps: float | int = 1.0
+    max_frames: int = 64
+    nframes: int | None = None
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Indices of the frames; see `FrameSampler`."""
+        duration, last = num_frames / video_fps, num_frames - 1
+        count = max(min(round(self.fps * duration), self.max_frames), 1)
+        start, stop = 0, last
+        if self.nframes is not None:
+            if self.nframes > num_frames:
+                raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {self.nframes}")
+            count = self.nframes
+        elif duration - 2 > self.max_frames * self.fps:
+            start, stop = int(video_fps), min(int(num_frames - video_fps), last)
+        if start >= stop:
+            start, stop = 0, last
+        return np.unique(np.linspace(start, stop, count, dtype=int))
+
+    def following(self, settings: FrameSettings) -> "SpreadSampler":
+        """See `FrameSampler`."""
+        if settings.min_frames is not None:
+            raise PictureMismatch("min_frames: this system has no minimum of frames; set fps, max_frames or nframes")
+        given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+        return dataclasses.replace(self, **given)
+
+
+@dataclasses.dataclass(frozen=True)
 class EveryFrame:
     """All frames of a video: the video processors of transformers where `do_sample_frames` is false.
 
@@ -239,11 +281,13 @@ class Clip(NamedTuple):
       frames: in order.
       fps: their number per second.
       times: of each frame, in seconds from the start.
+      duration: of the video, in seconds; None where only the frames are known.
     """
 
     frames: list[Image.Image]
     fps: float | int
     times: tuple[float, ...]
+    duration: float | None = None
 
 
 def times_of_parts(times: Sequence[float], frames_per_part: int) -> list[float]:
@@ -295,7 +339,7 @@ def read_video(
             f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is truncated"
         )
     times = tuple((chosen / fps).tolist())
-    return Clip([frames[number] for number in chosen.tolist()], len(chosen) / total * fps, times)
+    return Clip([frames[number] for number in chosen.tolist()], len(chosen) / total * fps, times, total / fps)
 
 
 def video_size(
@@ -317,7 +361,7 @@ def video_size(
             raise CorruptImage(f"{name}: no frame can be decoded")
         height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
         chosen = _chosen(sampling, stream, total, fps, name)
-        return VideoSize(len(chosen), height, width, tuple((chosen / fps).tolist()))
+        return VideoSize(len(chosen), height, width, tuple((chosen / fps).tolist()), total / fps)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ Layout = Int[np.ndarray, "_"]
 Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
 
 
+NO_VIDEOS = "this system does not support videos; pass single frames as images"
+
 OwnViews = TypeVar("OwnViews", bound="Tiles")
 
 
@@ -106,6 +108,15 @@ class PreparedImage:
     positions: Int[np.ndarray, "m 3"] | None = None
     low: Float[np.ndarray, "tiles height width channels"] | None = None
 
+    def in_tiles(self, count: int) -> list["PreparedImage"]:
+        """Each of its `count` tiles as an image of its own, all laid out as the first."""
+        rows, end = self.num_rows // count, len(self.layout) // count
+        lows = [None] * count if self.low is None else [tile[None] for tile in self.low]
+        return [
+            dataclasses.replace(self, pixels=tile[None], num_rows=rows, layout=self.layout[:end], low=low)
+            for tile, low in zip(self.pixels, lows, strict=True)
+        ]
+
 
 @runtime_checkable
 class Views(Protocol):
@@ -135,6 +146,13 @@ class Views(Protocol):
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
         """The load of each image of a conversation."""
+        ...
+
+    def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
+        """Rows and columns of each image whose tiles have places of their own in the text.
+
+        Its tiles come row by row, then one of the whole image. None for an image with one place.
+        """
         ...
 
     def video(
@@ -227,17 +245,21 @@ class Tiles(abc.ABC):
     def tile_tokens(self) -> int:
         """Visual tokens of a tile."""
 
+    def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
+        """Nones: an image has one place."""
+        return [None] * len(sizes)
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
         """Raises `PictureMismatch`: videos are not supported."""
         del frames, fps, max_tokens
-        raise PictureMismatch("this system does not support videos; pass single frames as images")
+        raise PictureMismatch(NO_VIDEOS)
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
         """Raises `PictureMismatch`: videos are not supported."""
         del num_frames, size, max_tokens
-        raise PictureMismatch("this system does not support videos; pass single frames as images")
+        raise PictureMismatch(NO_VIDEOS)
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
         """Raises `PictureMismatch`: videos are not supported."""

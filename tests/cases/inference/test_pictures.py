@@ -16,6 +16,7 @@ from vlm_jax.processors.naflex import interpolate
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import bounded_size
+from vlm_jax.processors.split_tiles import SplitViews
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.video import FrameSettings, MiddleSampler, RateSampler, SegmentSampler, read_video
@@ -164,6 +165,7 @@ THIN_VIEWS = {
     "internvl": InternVLViews(PIXELS, 64, 4),
     "fixed": FixedTilesViews(PIXELS, (336, 336), 576, (2, 2), True),
     "anyres": AnyresViews(SquareViews(PIXELS, (336, 336), 576, "crop"), (24, 24), ANYRES, 336),
+    "split": SplitViews(PIXELS, 64, 4, 256),
     "ovis2": Ovis2Views(PIXELS, 448, 256),
     "ovis2_port": Ovis2Views(PIXELS, 64, 256, port=True),
     "deepseek_vl2": DeepSeekVL2Views(PIXELS, 384, (14, 14), ((384, 768), (768, 384))),

@@ -70,15 +70,19 @@ def map_head_rules(width: int) -> tuple[Rule, ...]:
     )
 
 
-def siglip_vision_rules(width: int) -> tuple[Rule, ...]:
-    """SigLIP's ViT, after `vision_model.`."""
+def siglip_tower_rules() -> tuple[Rule, ...]:
+    """SigLIP's ViT without its head, after `vision_model.`."""
     return (
         *conv("embeddings.patch_embedding", "patch_embed", bias=True),
         Rule("embeddings.position_embedding.weight", "positions/table"),
         *block_rules(),
         *layer_norm("post_layernorm", "final_norm"),
-        *map_head_rules(width),
     )
+
+
+def siglip_vision_rules(width: int) -> tuple[Rule, ...]:
+    """SigLIP's ViT, after `vision_model.`."""
+    return (*siglip_tower_rules(), *map_head_rules(width))
 
 
 def siglip2_vision_rules(width: int) -> tuple[Rule, ...]:

@@ -22,6 +22,7 @@ from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
+    idefics3,
     image_text,
     internvl,
     internvl_hf,
@@ -68,6 +69,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
+    "idefics3": idefics3.processor,
     "internlm2": text.processor,
     "internvl": internvl_hf.processor,
     "internvl_chat": internvl.processor,
@@ -93,6 +95,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "qwen3_vl_moe": qwen_hf.processor3,
     "qwen3_vl_moe_text": text.processor,
     "qwen3_vl_text": text.processor,
+    "smolvlm": idefics3.processor_smolvlm,
 }
 # The same for two-tower models and classifiers, which have no conversations.
 _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
@@ -180,7 +183,7 @@ def check_conversations(processor: Processor, model: VLM) -> None:
         if reserved != tokens:
             raise PretrainedError(
                 f"a tile of {height}x{width} pixels has {reserved} tokens by the processor's files, but {tokens} "
-                "in the model; fix image_seq_length, num_image_tokens or the image size in "
+                "in the model; fix image_seq_length, image_seq_len, num_image_tokens or the image size in "
                 "the files"
             )
     if model.decoder is not None and model.num_learned_rows != processor.num_learned:
