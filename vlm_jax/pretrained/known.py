@@ -22,6 +22,7 @@ _SEPARATOR, _SUFFIX = "--", ".json"
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
+    "deepseek_ocr": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
     "internvl_chat": ("language_model.model.norm.weight",),
     "llava": (
