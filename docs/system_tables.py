@@ -84,6 +84,12 @@ ROWS = (
         "conversation to answer, and back",
     ),
     Row(
+        "DeepSeek-OCR",
+        ("deepseek_ocr",),
+        "SAM, 16x convolution and CLIP behind it, tiles with a view of the whole, mixture of experts",
+        "features, pixels, ids, layouts, token counts, logits, loss, greedy ids, n-grams",
+    ),
+    Row(
         "DeepSeek-VL2",
         ("deepseek_vl_v2",),
         "SigLIP tiles, projector, latent attention, mixture of experts",

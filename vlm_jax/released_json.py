@@ -111,6 +111,7 @@ SECTIONS = {
     *("vision_config", "vit_config", "vision_config_dict", "vision_tower_config", "vision_cfg", "visual", "image"),
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
+    *("sam_vit_b", "clip-l-14-224"),
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
     "video_sampling",
 }
@@ -158,8 +159,9 @@ FORMS: dict[str, Form] = _table(
     (list_of(TEXT, most=1 << 12) | NULL, "layer_types"),
     (INDEX | list_of(INDEX), "vision_feature_layer"),
     (INDEX, "mm_vision_select_layer select_layer"),
-    (SIDE | NULL, "force_image_size"),
-    (TILES, "min_dynamic_patch max_dynamic_patch min_patches max_patches"),
+    (SIDE | NULL, "force_image_size base_size"),
+    (SIDE, "crop_threshold"),
+    (TILES, "min_dynamic_patch max_dynamic_patch min_patches max_patches min_crops max_crops"),
     (list_of(ID, most=1 << 12), "visual_indicator_token_ids"),
     # config.json: numbers
     (
@@ -215,7 +217,7 @@ FORMS: dict[str, Form] = _table(
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token cap_pixels_per_frame do_image_splitting""",
+        add_special_token cap_pixels_per_frame do_image_splitting crop_mode""",
     ),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
@@ -287,7 +289,10 @@ def _wrong(settings: Mapping[str, Any], path: str) -> Iterator[str]:
     for key, value in settings.items():
         name = f"{path}{key}"
         form = FORMS.get(key)
-        if key in SECTIONS and not (key == "visual" and value is False):
+        if key == "width" and isinstance(value, Mapping):  # the sizes of several towers, by their names
+            yield from _wrong(value, f"{name}.")
+            form = None
+        elif key in SECTIONS and not (key == "visual" and value is False):
             if isinstance(value, Mapping):
                 yield from _wrong(value, f"{name}.")
             elif value is not None and not (key in NAMES and isinstance(value, str)):

@@ -308,6 +308,22 @@ class TwoSizes:
 
 
 @struct
+class WholesAndTiles:
+    """Images as a whole and, at another size, their tiles: of a row first all wholes, then all tiles.
+
+    Attributes:
+      wholes: pixels of the images of each row, then blank ones.
+      tiles: pixels of the tiles of the images, one image after another, then blank ones.
+      order: rows of the visual table, in which an image's tiles follow its whole: for each the index of a token of the
+        wholes, or of the tiles behind them; any index for rows without a token.
+    """
+
+    wholes: Float[Array, "B I height width channels"]
+    tiles: Float[Array, "B K tile_height tile_width channels"]
+    order: Int[Array, "B R"]
+
+
+@struct
 class VisualPlaces:
     """Positions of a sequence's visual tokens, the queries that rank them, and row lengths after each drop.
 
@@ -341,7 +357,7 @@ class Batch:
         for packed patches, the tokens of the images are concatenated. In a model with
         learned rows (`VLM.learned_rows`), these come first, and the image tokens follow.
       images: float32 pixels, normalised by the processor, or all images of an example packed into
-        one sequence, or images at two sizes, or None for only text.
+        one sequence, or images at two sizes, or images and their tiles, or None for only text.
       targets: the id to predict at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
       branch_ids: None, or a branch per position, which attends to branch 0 and its own branch in its segment.
@@ -357,7 +373,7 @@ class Batch:
     positions: Positions
     segment_ids: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]
-    images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes | None = None
+    images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes | WholesAndTiles | None = None
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None

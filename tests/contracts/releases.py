@@ -298,6 +298,7 @@ FOLDERS = {
             "processor_config.json": {"num_image_tokens": 16},
         },
     ),
+    "deepseek_ocr": Folder(golden="deepseek_ocr", whole=True),
     "deepseek_vl_v2": Folder(golden="deepseek_vl2_tiny", whole=True),
     "multi_modality": Folder(
         {"language_config.vocab_size": VOCABULARY},

@@ -47,6 +47,7 @@ TRACED = ("pyramid_drop", "pixel_shuffle", "resampler")
 BUDGET = 4
 # Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
 TOKENS = {
+    "deepseek_ocr": (9, 1),
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
     "deepseek_vl_v2": (4, 2),
@@ -78,8 +79,8 @@ REFUSED = {
     **{(name, "tome"): _GRID for name in ("idefics3", "ovis", "ovis2", "qwen")},
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
-    ("deepseek_vl_hybrid", "tome"): "has no blocks of its own",
-    **{("deepseek_vl_hybrid", kind): "no field saliency" for kind in RANKED},
+    **{(name, "tome"): "has no blocks of its own" for name in ("deepseek_ocr", "deepseek_vl_hybrid")},
+    **{(name, kind): "no field saliency" for name in ("deepseek_ocr", "deepseek_vl_hybrid") for kind in RANKED},
     **{("qwen", kind): "queries without a position" for kind in RANKED},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip

@@ -63,6 +63,8 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen3-VL-32B-Instruct": (33_357_390_064, 0),
     "Qwen/Qwen3-VL-30B-A3B-Instruct": (31_070_754_032, 0),
     "Qwen/Qwen3-VL-235B-A22B-Instruct": (235_670_022_896, 0),
+    # By the size of its files; CLIP's own patch convolution is not used.
+    "deepseek-ai/DeepSeek-OCR": (3_336_106_240, 602_112),
     "deepseek-ai/deepseek-vl-1.3b-base": ("1.98", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl-7b-base": ("7.34", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl2-tiny": ("3.37", _SO400M_HEAD),
@@ -145,6 +147,7 @@ def test_another_name_is_refused_with_the_nearest():
         ("mtgv/MobileVLM_V2-1.7B", 336, 144),
         ("Qwen/Qwen-VL", 448, 256),
         ("OpenGVLab/InternVL3-8B", 448, 256),  # of a tile
+        ("deepseek-ai/DeepSeek-OCR", 1280, 400),  # its mode "large"
         ("deepseek-ai/deepseek-vl2-tiny", 384, 14 * 14),  # of a tile
         ("deepseek-ai/deepseek-vl-1.3b-base", 384, 576),
         ("deepseek-ai/deepseek-vl-7b-base", 1024, 576),

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from vlm_jax.demo.regions import token_boxes
 from vlm_jax.models.vlm import VLM, flat_images
+from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Tiles
@@ -83,7 +84,7 @@ def _grids(full: System, reduced: System) -> tuple[Grid, Grid] | None:
         return None
     if isinstance(views, NativeViews):
         return None if views.block_tokens != 1 else ((1, 1), (1, 1))
-    if not isinstance(views, Tiles):
+    if not isinstance(views, Tiles) or (isinstance(views, MosaicViews) and views.mosaic is not None):
         return None
     patches = model.encoder.grid(*views.tile_shape[:2])
     acts_on_features = other.reducer.reduces_in != "decoder" and other.reduce == "features"

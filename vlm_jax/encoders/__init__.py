@@ -10,6 +10,7 @@ defines how the processor patchifies and packs. `COMPOSITE_ENCODERS` contain oth
 from collections.abc import Mapping
 
 from vlm_jax.encoders.aimv2 import AIMv2
+from vlm_jax.encoders.cascade import Cascade
 from vlm_jax.encoders.encoder import Encoder, ImageEncoder, PackedEncoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.multiscale import MultiScale
@@ -22,7 +23,11 @@ from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.encoders.vit import ViT
 
 ENCODERS: Mapping[str, type[ImageEncoder]] = {"vit": ViT, "aimv2": AIMv2, "resnet": ModifiedResNet, "sam": SAM}
-COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {"hybrid": Hybrid, "multiscale": MultiScale}
+COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {
+    "cascade": Cascade,
+    "hybrid": Hybrid,
+    "multiscale": MultiScale,
+}
 PACKED_ENCODERS: Mapping[str, type[PackedEncoder]] = {
     "naflex": NaflexViT,
     "qwen_vit": QwenViT,

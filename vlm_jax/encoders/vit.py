@@ -30,12 +30,15 @@ class ViT(Trunk, kw_only=True):
     | InternViT | class_token, class_position, layer_scale, qk_norm over the width, final_norm `none` |
     | DINOv2 | class_token, class_position, layer_scale, position_interpolation `bicubic`; num_registers; gated |
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
+    | DeepSeek-OCR's CLIP | as CLIP, with final_norm `none`; embeds_patches off |
 
     Attributes:
       image_size: (height, width) in pixels of training; it determines the position table's size. None
         where no table is learned: sin-cos positions then are patch indices, at any size.
       patch_size: side of a patch in pixels, or in positions of the stem's map.
       patch_bias: a bias on the patch embedding.
+      embeds_patches: whether the input is pixels; else a map [B, rows, columns, width] of embedded patches, those of
+        another encoder, and `image_size` and `patch_size` are in positions of such a map.
       position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
       position_interpolation: of a learned table, a kind of `vlm_jax.interpolation`.
       class_token: a learned token before the patches.
@@ -51,6 +54,7 @@ class ViT(Trunk, kw_only=True):
     image_size: tuple[Side, Side] | None
     patch_size: Side
     patch_bias: bool = True
+    embeds_patches: bool = True
     position: Literal["learned", "sincos", "none"] = "learned"
     position_interpolation: ResizeKind = "bicubic_antialias"
     class_token: bool = False
@@ -88,11 +92,19 @@ class ViT(Trunk, kw_only=True):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if (self.class_position or self.num_registers) and not self.class_token:
             raise ValueError("class_position and num_registers need a class token; set class_token too")
+        if not self.embeds_patches and (self.patch_size != 1 or images.shape[-1] != self.width):
+            raise ValueError(
+                f"embeds_patches is off: expected patches embedded to {self.width} channels and patch_size 1, got "
+                f"{images.shape[-1]} channels and patch_size {self.patch_size}"
+            )
         grid = self.grid(*images.shape[1:3])
         x = images
         if self.stem_layers is not None:
             x = ResNetStem(layers=self.stem_layers, width=self.stem_width, name="stem", **settings)(x)
-        x = PatchEmbed(self.patch_size, self.width, self.patch_bias, name="patch_embed", **settings)(x)
+        if self.embeds_patches:
+            x = PatchEmbed(self.patch_size, self.width, self.patch_bias, name="patch_embed", **settings)(x)
+        else:
+            x = x.reshape(x.shape[0], grid[0] * grid[1], self.width).astype(self.dtype)
         table_grid = None if self.image_size is None else self.grid(*self.image_size)
         if self.position == "learned":
             if table_grid is None:

@@ -21,6 +21,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.generation.buckets import fitted, whole_rows
+from vlm_jax.generation.repeats import Repeats, repeats_of
 from vlm_jax.generation.sampling import GenerationError, Sampling, Whole, row_values, sample_tokens
 from vlm_jax.layers.attention import KeyValue
 from vlm_jax.layers.latent_attention import LatentKeyValue
@@ -91,6 +92,7 @@ class State:
       step: number of tokens chosen.
       rows: seeds of the rows' random numbers.
       seen: tokens that occur in a row, only for the repetition penalty.
+      repeats: tokens of a row, only where no n-gram is repeated.
     """
 
     cache: Cache
@@ -101,6 +103,7 @@ class State:
     step: Int[Array, ""]
     rows: Int[Array, "B"]
     seen: Bool[Array, "B V"] | None
+    repeats: Repeats | None = None
 
 
 def generate(
@@ -230,6 +233,10 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     if "repetition_penalty" in values:
         index = jnp.where(batch.segment_ids == PADDING_SEGMENT, logits.shape[-1], batch.tokens)
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(size)[:, None], index].set(True, mode="drop")
+    repeats = None
+    if "no_repeat_ngram" in values:
+        real = jnp.asarray(batch.segment_ids) != PADDING_SEGMENT
+        repeats = repeats_of(batch.tokens, real, cache_length - batch.tokens.shape[1] + 1)
     state = State(
         cache=cache,
         token=jnp.zeros(size, jnp.int32),
@@ -239,6 +246,7 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
         step=jnp.zeros((), jnp.int32),
         rows=rows,
         seen=seen,
+        repeats=repeats,
     )
     going = ~ended
     state = _chosen(state, logits, values, ends, pad_id)
@@ -274,8 +282,14 @@ def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
 
 def _chosen(state: State, logits: jax.Array, values: Tree, ends: jax.Array, pad_id: int) -> State:
     """The state with one more token per row."""
-    token = sample_tokens(logits, values, state.seen, state.rows, state.step)
+    allowed, repeats = logits, state.repeats
+    if repeats is not None:
+        out = repeats.excluded(values["no_repeat_ngram"], values["no_repeat_window"], logits.shape[-1])
+        allowed = jnp.where(out, -jnp.inf, logits)
+    token = sample_tokens(allowed, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)
+    if repeats is not None:
+        repeats = repeats.followed_by(token, ~state.ended)
     nan = jnp.isnan(logits).any(axis=-1) & ~state.ended
     seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
     return dataclasses.replace(
@@ -286,6 +300,7 @@ def _chosen(state: State, logits: jax.Array, values: Tree, ends: jax.Array, pad_
         nan_step=jnp.where(nan, state.step, state.nan_step),
         step=state.step + 1,
         seen=seen,
+        repeats=repeats,
     )
 
 

@@ -30,6 +30,9 @@ class Sampling:
       repetition_penalty: divides the positive logits of tokens that occur in the row, prompt included, and
         multiplies the negative ones.
       seed: random seed; the same seed gives the same tokens.
+      no_repeat_ngram: a token that would end an n-gram of this many tokens that the row has already, prompt and its
+        placeholders of visual tokens included, is never chosen; 0 for none.
+      no_repeat_window: only n-grams that begin among so many last tokens count; None for all.
 
     Raises:
       GenerationError: a setting that is not a number, is out of range, or is unused at temperature 0.
@@ -40,6 +43,8 @@ class Sampling:
     top_p: Number | None = None
     repetition_penalty: Number = 1.0
     seed: Whole = 0
+    no_repeat_ngram: Whole = 0
+    no_repeat_window: Whole | None = None
 
     def __post_init__(self):
         self._check_types()
@@ -52,6 +57,12 @@ class Sampling:
             wrong.append(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             wrong.append(f"repetition_penalty: expected more than 0, got {self.repetition_penalty}")
+        if not 0 <= self.no_repeat_ngram < 2**31:
+            wrong.append(f"no_repeat_ngram: expected 0 to 2**31 - 1, got {self.no_repeat_ngram}")
+        if self.no_repeat_window is not None and not 0 < self.no_repeat_window < 2**31:
+            wrong.append(f"no_repeat_window: expected 1 to 2**31 - 1, got {self.no_repeat_window}")
+        if self.no_repeat_window is not None and not self.no_repeat_ngram:
+            wrong.append(f"no_repeat_window: expected None without no_repeat_ngram, got {self.no_repeat_window}")
         if not 0 <= self.seed < 2**32:
             wrong.append(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
         for name in ("top_k", "top_p"):
@@ -68,6 +79,8 @@ class Sampling:
             ("top_p", Number | None, "a number or None"),
             ("repetition_penalty", Number, "a number"),
             ("seed", Whole, "a whole number"),
+            ("no_repeat_ngram", Whole, "a whole number"),
+            ("no_repeat_window", Whole | None, "a whole number or None"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind):
@@ -89,6 +102,10 @@ class Sampling:
             used["top_p"] = np.float32(self.top_p)
         if self.repetition_penalty != 1:
             used["repetition_penalty"] = _representable(self.repetition_penalty)
+        if self.no_repeat_ngram:
+            most = np.iinfo(np.int32).max
+            used["no_repeat_ngram"] = np.int32(self.no_repeat_ngram)
+            used["no_repeat_window"] = np.int32(most if self.no_repeat_window is None else self.no_repeat_window)
         return used
 
 

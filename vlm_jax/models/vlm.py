@@ -32,6 +32,7 @@ from vlm_jax.types import (
     VisualFeatures,
     VisualPlaces,
     VisualTokens,
+    WholesAndTiles,
 )
 
 
@@ -54,14 +55,16 @@ class Embedded(NamedTuple):
     levels: Float[Array, "B T F"] | None = None
 
 
-Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
+Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes | WholesAndTiles
 Seen = TypeVar("Seen", VisualFeatures, VisualTokens, VisualFeatures | tuple[VisualFeatures, VisualFeatures])
 _NO_DECODER = "this model has no decoder, only an encoder and a connector: call it, or visual_tokens, for visual tokens"
 
 
-def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes) -> Images:
-    """A batch's images as input of an encoder: flattened to one batch axis, or packed as they are."""
-    if isinstance(images, PackedPatches):
+def flat_images(
+    images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes | WholesAndTiles,
+) -> Images:
+    """A batch's images as input of an encoder: on one batch axis; packed ones, and those with tiles, as they are."""
+    if isinstance(images, PackedPatches | WholesAndTiles):
         return images
     return jax.tree.map(lambda pixels: pixels.reshape(-1, *pixels.shape[2:]), images)
 
@@ -143,7 +146,7 @@ class VLM(nn.Module):
         *,
         deterministic: bool = True,
     ) -> VisualTokens:
-        """Visual tokens of a flat batch of images, or of sequences of packed ones, after the reducer.
+        """Visual tokens of a flat batch of images, of sequences of packed ones, or of rows of both sizes, reduced.
 
         Args:
           images: normalised pixels, or packed patches.
@@ -157,6 +160,8 @@ class VLM(nn.Module):
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
+        if isinstance(images, WholesAndTiles):
+            return self._of_both(images, deterministic)
         features = _kept_in_place(self.encoder(images))
         if self.guide is not None:
             if question is None or isinstance(features, tuple):
@@ -187,6 +192,17 @@ class VLM(nn.Module):
         if reduced.kept is None or self.connector.token_grid(reduced.grid) != reduced.grid:
             return tokens  # a token is computed from several features, or all features are kept
         return dataclasses.replace(tokens, kept=reduced.kept)
+
+    def _of_both(self, images: WholesAndTiles, deterministic: bool) -> VisualTokens:
+        """The tokens of wholes and of tiles, in the order of each row's visual table."""
+        size, parts = len(images.order), []
+        for pixels in (images.wholes, images.tiles):
+            found = self.visual_tokens(pixels.reshape(-1, *pixels.shape[2:]), deterministic=deterministic)
+            leaves = found.tokens, found.mask, found.levels
+            parts.append([None if leaf is None else leaf.reshape(size, -1, *leaf.shape[2:]) for leaf in leaves])
+        tables = tuple(jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True) if pair[0] is not None)
+        tokens, mask, *levels = local_rows(tables, images.order)
+        return VisualTokens(tokens, mask, levels=levels[0] if levels else None)
 
     def _connected(
         self,

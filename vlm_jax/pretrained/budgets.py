@@ -21,6 +21,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.pretrained.smaller_tile import smaller_tile
 from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
+from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.question import QuestionTexts
@@ -85,7 +86,8 @@ def with_budget(
     if tokens is None:
         return system
     try:
-        views = processor.views.within(tokens)
+        full = processor.views
+        views = full.of_mode(tokens) if isinstance(full, MosaicViews) else full.within(tokens)
     except InfeasibleBudget as error:
         fixed = isinstance(processor.views, SquareViews)
         more = "; set a reducer or another connector, which meet a budget exactly" if fixed else ""
@@ -117,6 +119,36 @@ def _grid_of_view(model: VLM, views: Views) -> Grid:
         return encoder.grid(views.format.block_size, views.format.block_size)
     assert isinstance(views, Tiles)
     return encoder.grid(*views.tile_shape[:2])
+
+
+def _grid_of_part(model: VLM, views: MosaicViews) -> Grid | None:
+    """Rows and columns of features of a tile that has another size than the view of the whole; None without tiles."""
+    assert model.encoder is not None
+    return None if views.mosaic is None else model.encoder.grid(views.mosaic.side, views.mosaic.side)
+
+
+def _retokened(model: VLM, views: Views, grid: Grid, tokens_of: Callable[[Grid], Grid | int]) -> Views:
+    """Views with the tokens that a connector makes of a grid of features, also of tiles of another size."""
+    if not isinstance(views, MosaicViews):
+        return views.retokened(tokens_of(grid))
+    part = _grid_of_part(model, views)
+    return views.retokened(tokens_of(grid), None if part is None else tokens_of(part))
+
+
+def _reduced_views(model: VLM, views: Views, given: Grid, at_tokens: bool, num_left: Callable[[int], int]) -> Views:
+    """Views with the tokens that a reducer leaves of each, laid out as before where it leaves all."""
+    count = given[0] * given[1]
+    left = num_left(count)
+    if not isinstance(views, MosaicViews):
+        return views if left == count else views.retokened(left)
+    part = _grid_of_part(model, views)
+    if part is None:
+        return views if left == count else views.retokened(left)
+    own = model.connector.num_tokens(part) if at_tokens else part[0] * part[1]  # type: ignore[union-attr]
+    left_of_part = num_left(own)
+    if (left, left_of_part) == (count, own):
+        return views
+    return views.retokened(left, left_of_part)
 
 
 def _with_connector(system: System, model: VLM, tokens: int | None, section: Fields, path: str) -> System:
@@ -151,8 +183,12 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
         names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
         learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
         drawn.append("learned_rows")
-    laid_out = made.token_grid(grid)
-    views = views.retokened(made.num_tokens(grid) if laid_out is None or packed else laid_out)
+
+    def tokens_of(grid: Grid) -> Grid | int:
+        laid_out = made.token_grid(grid)
+        return made.num_tokens(grid) if laid_out is None or packed else laid_out
+
+    views = _retokened(model, views, grid, tokens_of)
     if packed and tokens is not None:
         views = views.within(tokens)
     return dataclasses.replace(
@@ -218,6 +254,13 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         solved["frames"] = 1  # a picture; packed videos have their own numbers
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
+    if isinstance(views, MosaicViews):
+        views = dataclasses.replace(views, modes=())  # of which the reducer's tokens are not those of one
+        if views.mosaic is not None and section.get("positions") == "keep":
+            raise ConfigError(
+                f"{path}.positions: expected consecutive where tiles have another size than the view of the whole, got "
+                "keep"
+            )
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
     if at_tokens and laid_out is None and not packed and (made.required_fields().get("encoder") or made.guided_by):
         raise ConfigError(
@@ -239,8 +282,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         if packed:
             views = dataclasses.replace(views, num_left=made.num_left)  # type: ignore[type-var]
         else:
-            left = made.num_left(given[0] * given[1])
-            views = views if left == given[0] * given[1] else views.retokened(left)
+            views = _reduced_views(model, views, given, at_tokens, made.num_left)
     reduced = model.clone(
         encoder=parts["encoder"], decoder=parts["decoder"], reducer=made, reduce="tokens" if at_tokens else "features"
     )
@@ -274,7 +316,7 @@ def _guided(system: System, model: VLM, reducer: GuidedReducer, path: str) -> tu
 
 
 def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, section: Config, path: str) -> System:
-    """Fewer pixels: a lower bound at native resolution, or smaller tiles, which have fewer patches.
+    """Fewer pixels: a lower bound at native resolution or among modes, or smaller tiles, which have fewer patches.
 
     Tiles are cut and finished as released, and each is then resized to fewer pixels. Its tokens form a grid of about
     the released aspect, laid out as released, and each stands for as many patches as before: a connector that pools to
@@ -283,9 +325,9 @@ def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, secti
     processor, views = system.processor, system.processor.views
     if tokens is None:
         raise ConfigError(f"{path}.kind: downsample_image needs a token_budget")
-    if isinstance(views, NativeViews):
+    if isinstance(views, NativeViews | MosaicViews):
         parse_kind(REDUCERS, section, path, output_grid=(1, 1))  # its other settings
-        views = views.within(tokens)
+        views = views.within(tokens) if isinstance(views, NativeViews) else views.of_mode(tokens)
     else:
         assert isinstance(views, TiledViews)
         tile = smaller_tile(model, views, _grid_of_view(model, views), tokens, section, path)

@@ -163,15 +163,23 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# Classes whose released configs have the model type of another system -> their own.
+_BY_CLASS = {"DeepseekOCRForCausalLM": "deepseek_ocr"}
+
+
 def marker(config: Config) -> str:
     """The model type of a released config.
 
-    `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
-    config of vision_transformer, which has a `classifier`; else big_vision's `model_name`.
+    `model_type` of Hugging Face files, unless their class is in `_BY_CLASS`; `open_clip` for a `model_cfg` or a
+    `vision_cfg`; `vit_jax` for the config of vision_transformer, which has a `classifier`; else big_vision's
+    `model_name`.
 
     Raises:
       PretrainedError: the config has none of these.
     """
+    classes = config.get("architectures")
+    if isinstance(classes, list) and (own := [name for cls, name in _BY_CLASS.items() if cls in classes]):
+        return own[0]
     if "model_type" in config:
         return str(config["model_type"])
     if "model_cfg" in config or "vision_cfg" in config:

@@ -27,6 +27,7 @@ _IDEFICS3 = (
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
+    "deepseek_ocr": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
     "idefics3": _IDEFICS3,
     "internvl_chat": ("language_model.model.norm.weight",),

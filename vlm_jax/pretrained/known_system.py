@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.cascade import Cascade
 from vlm_jax.encoders.encoder import PackedEncoder
+from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
@@ -92,7 +94,9 @@ def _views(name: str, model: VLM, rotary_3d: bool) -> Views:
 
 
 def _size(name: str, tower: nn.Module | Any) -> Size:
-    if not isinstance(tower, ViT) or tower.image_size is None:
+    if isinstance(tower, Cascade):
+        tower = tower.first
+    if not isinstance(tower, ViT | SAM) or tower.image_size is None:
         raise PretrainedError(
             f"{name}: the size of images for {type(tower).__name__} is in files that are not included; pass the folder"
         )

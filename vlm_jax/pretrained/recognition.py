@@ -114,5 +114,5 @@ def _depths(config: Config, path: str) -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if key in DEPTHS and isinstance(value, int):
             yield f"{path}{key}", value
-        elif key in SECTIONS and isinstance(value, Mapping):
+        elif (key in SECTIONS or key == "width") and isinstance(value, Mapping):
             yield from _depths(value, f"{path}{key}.")

@@ -5,7 +5,7 @@ r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of
 | Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the image |
 | Qwen2-VL | the same with `<\|object_ref_start\|>`, `<\|box_start\|>` and their ends | thousandths |
 | InternVL | `<ref>name</ref><box>[[x1, y1, x2, y2], …]</box>` | thousandths |
-| DeepSeek-VL2 | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
+| DeepSeek-VL2, DeepSeek-OCR | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
 | Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of the model's input |
 | Qwen3-VL | the same JSON | thousandths |
 | Qwen2.5-VL, documents | HTML whose elements have a `data-bbox="x1 y1 x2 y2"` | the same |

@@ -269,7 +269,9 @@ class NativeViews:
         grid = (num_slots, size[0] // self.format.patch_size, size[1] // self.format.patch_size)
         return num_places(grid, self.format.merge_size, self.format.window, self.format.class_tokens)
 
-    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> PackedPatches | None:
+    def join(
+        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None, pictures: int | None = None
+    ) -> PackedPatches | None:
         """The patches of every row as one sequence, all of one length."""
         if capacity == 0 or (capacity is None and not any(rows)):
             return None

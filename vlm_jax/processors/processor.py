@@ -245,7 +245,8 @@ class Processor:
             )
             for row in rows
         ]
-        pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity)
+        most = None if shape is None else shape.pictures
+        pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity, most)
         joined = dataclasses.replace(_joined(laid, targets and self.prompt.independent_turns), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)

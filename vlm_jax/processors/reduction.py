@@ -73,7 +73,7 @@ class Reduction:
           frames: frames of a packed video.
         """
         own = full[full >= 0]
-        groups = (self.before.tile_tokens,) * load if isinstance(self.before, Tiles) else (len(own),)
+        groups = self.before.groups(load) if isinstance(self.before, Tiles) else (len(own),)
         left = [self.left(count) for count in groups]
         shown = np.searchsorted(np.cumsum(left), layout[layout >= 0], side="right")
         placed = np.bincount(shown, minlength=len(groups))

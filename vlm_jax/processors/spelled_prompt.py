@@ -1,4 +1,4 @@
-"""Prompts of releases without a chat template that encode turns separately: DeepSeek-VL2 and Qwen-VL."""
+"""Prompts of releases without a chat template that encode turns separately: DeepSeek-VL2 and -OCR, Qwen-VL."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -90,11 +90,67 @@ class DeepSeekVL2Prompt:
 
     def spelled(self, text: str, learned: float | bool = 0.0) -> list[Text | Slot]:
         """Encodes the text between images separately, without the tokenizer's special tokens."""
-        pieces: list[Text | Slot] = []
-        for number, part in enumerate(text.split(self.image)):
-            pieces += [Slot("image", self.tokenizer.id_of(self.image))] if number else []
-            pieces.append(Text(self.tokenizer.encode(part), learned))
-        return pieces
+        return _split_at(self.image, text, self.tokenizer, learned)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmarkedPrompt:
+    """Questions and answers one after another, without names of the roles; text between images is encoded separately.
+
+    Attributes:
+      tokenizer: of the release.
+      image: the tag of an image in a text.
+      strips: whether white space around each message is removed.
+
+    Source: DeepSeek-OCR, modeling_deepseekocr.py, infer, and conversation.py, the template `plain`.
+    """
+
+    tokenizer: Tokenizer
+    image: str = "<image>"
+    strips: bool = True
+
+    independent_turns = False
+
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
+        """See `Prompt`."""
+        return {"image": (self.image,)}
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        places: Sequence[Sequence[float]],
+        *,
+        add_generation_prompt: bool = True,
+        targets: Targets = False,
+        turns: Turns = "all",
+        continuation: str = "",
+        **variables: object,
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation; see `Prompt`. An answer at the end of a prompt lacks its end token."""
+        _refuse(messages, places, variables)
+        weights = answer_weights(messages, turns)
+        pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
+        for number, message in enumerate(messages):
+            text = flat(message.get("content"), lambda _: self.image, "\n")
+            text = text.strip() if self.strips else text
+            if message["role"] not in ASSISTANT:
+                pieces += _split_at(self.image, text, self.tokenizer)
+                continue
+            weight = weights[number] if targets else 0.0
+            pieces += _split_at(self.image, text, self.tokenizer, weight)
+            if targets or not add_generation_prompt or number < len(messages) - 1:
+                pieces.append(Text([_present(self.tokenizer.eos_id, "eos", self.tokenizer)], weight))
+        return pieces + (_split_at(self.image, continuation, self.tokenizer, 1.0) if continuation else [])
+
+
+def _split_at(tag: str, text: str, tokenizer: Tokenizer, learned: float | bool = 0.0) -> list[Text | Slot]:
+    """A text with a slot for each tag of an image; what is between them is encoded separately, as plain text."""
+    pieces: list[Text | Slot] = []
+    for number, part in enumerate(text.split(tag)):
+        pieces += [Slot("image", tokenizer.id_of(tag))] if number else []
+        pieces.append(Text(tokenizer.encode(part), learned))
+    return pieces
 
 
 @dataclasses.dataclass(frozen=True)

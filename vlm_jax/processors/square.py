@@ -179,8 +179,11 @@ class TwoSizeViews(Tiles):
         """(height, width, channels) of a tile of the larger size."""
         return self.high.tile_shape
 
-    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> TwoSizes | None:
+    def join(
+        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None, pictures: int | None = None
+    ) -> TwoSizes | None:
         """The tiles of every row at both sizes."""
+        del pictures
         high = joined_tiles([[image.pixels for image in row] for row in rows], self.tile_shape, capacity)
         low = [[image.low for image in row if image.low is not None] for row in rows]
         if high is None or (smaller := joined_tiles(low, self.low.tile_shape, high.shape[1])) is None:

@@ -33,6 +33,21 @@ def cut(picture: Image.Image, height: int, width: int) -> list[Image.Image]:
     ]
 
 
+def padded(picture: Image.Image, pixels: Pixels, size: Size) -> Image.Image:
+    """The image within (height, width), centred, with the mean colour beside it; as `ImageOps.pad` of Pillow."""
+    height, width = size
+    own, wanted = picture.width / picture.height, width / height
+    if own > wanted:
+        height = round(picture.height / picture.width * width)
+    elif own < wanted:
+        width = round(picture.width / picture.height * height)
+    canvas = Image.new(picture.mode, (size[1], size[0]), pixels.mean_colour)
+    if min(width, height) > 0:  # else it is too thin to be seen
+        corner = (round((canvas.width - width) * 0.5), round((canvas.height - height) * 0.5))
+        canvas.paste(pixels.resized(picture, (height, width)), corner)
+    return canvas
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedTilesViews(Tiles):
     """Every image, or frame of a video, as rows x columns of tiles, and a thumbnail of the whole image.
@@ -290,8 +305,10 @@ class DeepSeekVL2Views(Tiles):
         """The tiles of one of `num_pictures` images, in 8 bits."""
         rows, cols = self.grid(height_and_width(picture), num_pictures)
         # The canvas of the whole image is a single tile.
-        whole = self._padded(picture, 1, 1)
-        return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side, self.side))]
+        whole = padded(picture, self.pixels, (self.side, self.side))
+        if rows * cols == 1:
+            return [whole, whole]
+        return [whole, *cut(padded(picture, self.pixels, (rows * self.side, cols * self.side)), self.side, self.side)]
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares all images of a conversation, whose number determines whether they are divided into tiles."""
@@ -345,20 +362,6 @@ class DeepSeekVL2Views(Tiles):
             parts = [np.pad(part, ((0, 0), (0, 1)), constant_values=newline).reshape(-1) for part in lines]
         first, second = parts if self.whole_first else parts[::-1]
         return np.concatenate([first, [separator], second])
-
-    def _padded(self, picture: Image.Image, rows: int, cols: int) -> Image.Image:
-        """The image within its canvas, centred, with the mean colour beside it; as `ImageOps.pad` of Pillow."""
-        width, height = cols * self.side, rows * self.side
-        own, wanted = picture.width / picture.height, width / height
-        if own > wanted:
-            height = round(picture.height / picture.width * width)
-        elif own < wanted:
-            width = round(picture.width / picture.height * height)
-        canvas = Image.new(picture.mode, (cols * self.side, rows * self.side), self.pixels.mean_colour)
-        if min(width, height) > 0:  # else it is too thin to be seen
-            corner = (round((canvas.width - width) * 0.5), round((canvas.height - height) * 0.5))
-            canvas.paste(self.pixels.resized(picture, (height, width)), corner)
-        return canvas
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.tiling import Size
-from vlm_jax.types import Grid, PackedPatches, TwoSizes
+from vlm_jax.types import Grid, PackedPatches, TwoSizes, WholesAndTiles
 
 # For every position in order: the image's visual token r as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "_"]
-Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
+Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes | WholesAndTiles
 
 
 NO_VIDEOS = "this system does not support videos; pass single frames as images"
@@ -99,6 +99,7 @@ class PreparedImage:
       grid: (frames, rows, columns) of the patches; None for tiles.
       positions: (time, row, column) of every token before a reducer, from 0, where text has positions of three axes.
       low: the same tiles at a lower resolution, for an encoder that takes both.
+      parts: where `pixels` is the image as a whole, its tiles at another size; None without them.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -107,6 +108,7 @@ class PreparedImage:
     grid: tuple[int, int, int] | None = None
     positions: Int[np.ndarray, "m 3"] | None = None
     low: Float[np.ndarray, "tiles height width channels"] | None = None
+    parts: Float[np.ndarray, "parts part_height part_width channels"] | None = None
 
     def in_tiles(self, count: int) -> list["PreparedImage"]:
         """Each of its `count` tiles as an image of its own, all laid out as the first."""
@@ -204,12 +206,15 @@ class Views(Protocol):
         """
         ...
 
-    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> Images | None:
+    def join(
+        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None, pictures: int | None = None
+    ) -> Images | None:
         """The images of a batch.
 
         Args:
           rows: for every row of the batch, its images in order.
           capacity: padded load of every row; the largest of the rows when None.
+          pictures: with a capacity, the most images of a row, for views that pad these apart; None for any number.
 
         Returns:
           None where the capacity is 0.
@@ -272,10 +277,15 @@ class Tiles(abc.ABC):
             raise PictureMismatch(f"{given[0]}: this system's images have fixed sizes; remove the key from the item")
         return self
 
+    def groups(self, load: int) -> tuple[int, ...]:
+        """Number of visual tokens of each view of an image of this load."""
+        return (self.tile_tokens,) * load
+
     def join(
-        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None
-    ) -> Float[np.ndarray, "B I height width channels"] | None:
+        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None, pictures: int | None = None
+    ) -> Images | None:
         """The tiles of every row, one after another, and blank ones up to the capacity."""
+        del pictures  # tiles are padded together
         return joined_tiles([[image.pixels for image in row] for row in rows], self.tile_shape, capacity)
 
 

@@ -41,6 +41,9 @@ SIZES = {
     "num_selected": 2,
 }
 
+# Parts of composite modules that take other inputs than pixels -> their fields.
+_PARTS = {"second": {"embeds_patches": False, "patch_size": 1, "image_size": (4, 8)}}
+
 
 def small(cls: Any, **fields: Any) -> Any:
     """A module of class `cls`: its fields without a default come from `fields` and `SIZES`.
@@ -49,7 +52,8 @@ def small(cls: Any, **fields: Any) -> Any:
     """
     own = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
     required = [f.name for f in own if f.default is f.default_factory is dataclasses.MISSING]
-    fields = {**{f.name: small(ViT) for f in own if f.type is ImageEncoder}, **fields}
+    parts = {f.name: small(ViT, **_PARTS.get(f.name, {})) for f in own if f.type is ImageEncoder}
+    fields = {**parts, **fields}
     unknown = [name for name in required if name not in fields and name not in SIZES]
     assert not unknown, f"{cls.__name__}.{unknown}: no default, and neither solved nor in SIZES of {__file__}"
     return cls(**{**{name: SIZES[name] for name in required if name in SIZES}, **fields})

@@ -22,6 +22,7 @@ from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
+    deepseek_ocr,
     idefics3,
     image_text,
     internvl,
@@ -36,6 +37,7 @@ from vlm_jax.pretrained.processing import (
 )
 from vlm_jax.pretrained.processing.settings import Folder, pad_row
 from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs, TensorFlowInputs
+from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -66,6 +68,7 @@ def _llava(folder: Folder, config: Config) -> Processor:
 _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "LLaVAOneVision1_5_text": text.processor,
     "deepseek_v2": text.processor,
+    "deepseek_ocr": deepseek_ocr.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
@@ -185,6 +188,13 @@ def check_conversations(processor: Processor, model: VLM) -> None:
                 f"a tile of {height}x{width} pixels has {reserved} tokens by the processor's files, but {tokens} "
                 "in the model; fix image_seq_length, image_seq_len, num_image_tokens or the image size in "
                 "the files"
+            )
+    if isinstance(views, MosaicViews) and views.mosaic is not None:
+        mosaic = views.mosaic
+        if (found := encoder.grid(mosaic.side, mosaic.side)) != mosaic.tokens:
+            raise PretrainedError(
+                f"a tile of {mosaic.side}x{mosaic.side} pixels has {mosaic.tokens} tokens by the processor's files, "
+                f"but {found} in the model"
             )
     if model.decoder is not None and model.num_learned_rows != processor.num_learned:
         raise PretrainedError(
