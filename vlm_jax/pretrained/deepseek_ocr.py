@@ -103,8 +103,9 @@ def _sam(vision: Fields, checkpoint: Mapping[str, SourceTensor], dtypes: Fields)
 
 def _clip(vision: Fields, dtypes: Fields) -> ViT:
     sizes = with_defaults(vision["width"].get(CLIP_NAME, {}), CLIP_DEFAULTS, f"{WHERE}.vision_config.width.{CLIP_NAME}")
+    side = _table_side(vision)
     return ViT(
-        image_size=(_table_side(vision),) * 2,
+        image_size=(side, side),
         patch_size=1,
         embeds_patches=False,
         width=sizes["width"],
