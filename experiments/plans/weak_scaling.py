@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 
+import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from plans import request_for  # sets the platform of JAX
@@ -77,6 +78,7 @@ def main() -> None:
             rows.append(row(chips, make_plan(request, FOLDER, working)[0]))
             (folder / "weak_scaling.json").write_text(json.dumps(rows, indent=1))
             draw(rows, folder / "weak_scaling.png")
+            jax.clear_caches()  # a gigabyte a plan
     print(json.dumps(rows, indent=1))
 
 
