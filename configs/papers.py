@@ -77,11 +77,11 @@ PAPERS: dict[str, dict[str, dict[str, Any]]] = {
             "prunevid", None, threshold=0.8, segment_ratio=0.25, cluster_ratio=0.5, num_neighbors=7, **_RELEASED
         )
     },
-    # README: DySeg_c=8, DySeg_tau=0.9, STPrune_d=0.4, DTM_p=4, DTM_beta=0.6, 10% of the tokens.
+    # fastvid_qwen25vl/scripts/eval.sh: DySeg_c 8, tau 0.84, ignore 0.95; STPrune_d 0.4; DTM_p 4, beta 0.6; 27%.
     "fastvid": {
         "fastvid": _points(
-            "fastvid", None, num_segments=8, threshold=0.9, context_share=0.4, anchor_step=4, least_weight=0.6,
-            ratio=0.1, **_RELEASED,
+            "fastvid", None, num_segments=8, threshold=0.84, still=0.95, context_share=0.4, anchor_step=4,
+            least_weight=0.6, ratio=0.27, **_RELEASED,
         )
     },
     # README: RETAIN_RATIO=0.15 T=0.80; Beta 0.6 and K 7 of holitom/llava_arch.py. The merging in a layer (HOLITOM_k,

@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     base.unlock()
     if arg in VIDEOS:
         base.release = VIDEOS[arg]
+        base.row.pictures = 1  # a video, in whose frames these act
     budgets, released = ((4,), 16) if arg == "smoke" else ((16, 64), None)
     if arg != "smoke":
         base.schedule, base.stages = (), ConfigDict()

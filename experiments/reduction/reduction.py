@@ -68,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     else:
         places = {name: (release, args.data) for name, release in args.releases}
-    rows: list[Row] = []
-    failed = False
+    evaluations = {}  # all made first: what a later release cannot do is known before hours of an earlier one
     for name, (release, data) in places.items():
-        print(f"--- {name}: {release}", flush=True)
         settings = ReleaseEvaluation(
             release=str(release),
             data=str(data),
@@ -84,10 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             tasks=tuple(args.tasks),
             metrics=tuple(args.metrics),
         )
-        evaluation = Evaluation(settings, workdir / name, console=rich.console.Console(markup=False))
-        failed |= bool(evaluation.run())
-        refused = {one.label: one.reason for one in evaluation.refused if not one.label.startswith(f"{UNREDUCED}@")}
-        rows += system_rows(name, workdir / name, settings, refused)
+        console = rich.console.Console(markup=False)
+        evaluations[name] = settings, Evaluation(settings, workdir / name, console=console)
+    rows: list[Row] = []
+    failed = False
+    for name, (settings, evaluation) in evaluations.items():
+        print(f"--- {name}: {settings.release}", flush=True)
+        errors = {point: str(error) for point, error in evaluation.run().items()}
+        failed |= bool(errors)
+        missing = {one.label: one.reason for one in evaluation.refused if not one.label.startswith(f"{UNREDUCED}@")}
+        rows += system_rows(name, workdir / name, settings, missing | errors)
     page = "\n".join([table(rows), *([] if small else ["", expected(rows)])])
     (workdir / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (workdir / "table.md").write_text(page + "\n")
@@ -109,17 +113,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", choices=sorted(REDUCERS), help="all for still pictures, or a few if small"
     )
     parser.add_argument("--budgets", nargs="+", type=int, help="visual tokens of an image, or of a tile")
-    parser.add_argument("--tasks", nargs="+", default=("vqa",), help="as of vlm_jax.cli.evaluate")
-    parser.add_argument("--metrics", nargs="+", default=(), metavar="TASK=METRIC")
+    parser.add_argument("--tasks", nargs="+", help="as of vlm_jax.cli.evaluate; vqa if unset")
+    parser.add_argument("--metrics", nargs="+", metavar="TASK=METRIC")
     parser.add_argument("--num_samples", type=int)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, help="32 if unset")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--systems", nargs="+", help="which of the small systems; all if unset")
-    parser.add_argument("--questions", type=int, default=SMALL["questions"], help="of each small system")
+    parser.add_argument("--questions", type=int, help=f"of each small system; {SMALL['questions']} if unset")
     args = parser.parse_args(argv)
     if bool(args.releases) != bool(args.data):
         parser.error("--releases and --data: expected both, or neither for small folders")
+    of_others = ("systems", "questions") if args.releases else ("tasks", "metrics", "max_new_tokens")
+    for name in of_others:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} is not read {'with' if args.releases else 'without'} --releases; leave it out")
+    names = [name for name, _ in args.releases or ()]
+    if len(set(names)) < len(names):
+        parser.error(f"--releases: expected different names, got {' '.join(names)}")
+    args.tasks, args.metrics = args.tasks or ("vqa",), args.metrics or ()
+    args.max_new_tokens, args.questions = args.max_new_tokens or 32, args.questions or SMALL["questions"]
     args.methods = args.methods or (METHODS if args.releases else SMALL["methods"])
     args.budgets = args.budgets or (BUDGETS if args.releases else SMALL["budgets"])
     return args
@@ -132,19 +145,19 @@ def _release(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, refused: Mapping[str, str]) -> list[Row]:
+def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, missing: Mapping[str, str]) -> list[Row]:
     """One row a point of a system, from its evaluation's files.
 
     Args:
       name: of the system.
       workdir: of the evaluation.
       settings: likewise.
-      refused: {label: reason} of the points that it cannot evaluate.
+      missing: {label: reason} of the points that it cannot evaluate, or that failed.
 
     Returns:
       Rows of `table.json`: `retained` has the per cent of the unreduced release's scores, the mean over benchmarks,
       with its 95% interval; `benchmarks` those of each; `hard` the mean accuracy on the questions that the control
-      `downsample_image` gets wrong; `prefill` the share of the release's FLOPs. Refused points have a `reason` only.
+      `downsample_image` gets wrong; `prefill` the share of the release's FLOPs. Missing points have a `reason` only.
     """
 
     def answers(point: str) -> Iterable[Row]:
@@ -153,8 +166,9 @@ def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, ref
     results = {
         line["label"]: line for line in with_hard_questions(read_lines(workdir / RESULTS_FILE), DOWNSAMPLED, answers)
     }
+    absent = [{"system": name, "label": point, "reason": reason} for point, reason in missing.items()]
     if WHOLE not in results:
-        return [{"system": name, "label": WHOLE, "reason": "failed; run the command again"}]
+        return absent
     scores = {point: replicates(answers(point), settings.chosen_metrics) for point in results}
     rows: list[Row] = []
     for point, line in results.items():
@@ -171,7 +185,7 @@ def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, ref
                 "prefill": line["flops"]["prefill"] / results[WHOLE]["flops"]["prefill"],
             }
         )
-    return rows + [{"system": name, "label": point, "reason": reason} for point, reason in refused.items()]
+    return rows + absent
 
 
 def replicates(rows: Iterable[Row], chosen: Mapping[str, str]) -> dict[str, Float[np.ndarray, "1+replicates"]]:

@@ -33,7 +33,7 @@ def write_system(name: str, folder: pathlib.Path, questions: int) -> tuple[pathl
     Returns:
       The folder of the release, and the file of questions, which is of this system alone.
     """
-    release, asked = folder / name, folder / f"{name}.jsonl"
+    release, asked = folder / name, folder / f"{name}_{questions}.jsonl"
     if asked.exists():
         return release, asked
     release.mkdir(parents=True, exist_ok=True)

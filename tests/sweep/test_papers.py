@@ -7,11 +7,13 @@ import pytest
 
 from configs.papers import PAPERS, VIDEOS
 from configs.sweeps import release_reducers
+from vlm_jax.build import of_system
 from vlm_jax.config import parse
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.evaluation import CONTROLS
+from vlm_jax.sweep.points import point_config
 
 # The mean over the 32 layers of LLaVA-1.5-7B, as the papers have it, and how many layers later than they count a drop
 # is: SparseVLM counts the layer that ranks with what it leaves.
@@ -19,6 +21,9 @@ MEANS = {
     "pyramid_drop": (270, 0),
     **{f"{name}_{mean}": (mean, 1) for name in ("sparsevlm", "sparsevlm_plus") for mean in (192, 128, 64)},
 }
+
+# Where the released code prunes behind the projector.
+AFTER_THE_CONNECTOR = ("divprune", "holov")
 
 
 def points(method):
@@ -54,6 +59,8 @@ def test_a_paper_leaves_its_budgets_on_llava(method, llava):
             continue
         system = with_budget(llava, budget, reducer=reducer)
         drops = system.model.decoder.drops
+        if cls.kind in AFTER_THE_CONNECTOR:
+            assert system.model.reduce == "tokens"
         if not drops:
             assert system.processor.count_visual_tokens([(336, 336)]) == [budget]
             continue
@@ -72,4 +79,8 @@ def test_methods_of_videos_are_those_of_a_system_with_videos(method):
     system = known_system("Qwen/Qwen2.5-VL-7B-Instruct", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     ((_, budget), reducer) = points(method).popitem()
     reduced = with_budget(system, budget, reducer=reducer)
+    config = release_reducers.get_config(method)
+    run = point_config(config.base, config.candidates[method], budget, 0, ()).unlock()
+    run.data.evaluation_path = "videos.jsonl"
+    assert of_system(run, system).system.model.reducer == reduced.model.reducer
     assert budget is None and reduced.model.reducer.reduces_clips and reduced.model.reducer.rule == "as_released"

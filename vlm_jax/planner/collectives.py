@@ -60,6 +60,8 @@ class Collective:
             return 0.0
         if self.kind == PERMUTE:
             return self.hops * self.given / chip.link_bandwidth
+        if not chip.dims:  # a switch
+            return self.sent / chip.link_bandwidth
         dims = min(self.dims or max(1, len(self.axes)), chip.dims)
         return link_bytes(self.kind, self.given, self.group, dims) / chip.link_bandwidth
 

@@ -63,21 +63,27 @@ def _files_hash() -> str:
     """A hash of the source files and included configs of this package and of plug-ins: each may change the program."""
     found = hashlib.sha256()
     for package in sorted({"vlm_jax", *(point.module.split(".")[0] for point in entry_points(group=GROUP))}):
-        for path in _files(package):
-            found.update(f"{package}/{path.parent.name}/{path.name}".encode())
+        for name, path in _files(package).items():
+            found.update(name.encode())
             found.update(path.read_bytes())
     return found.hexdigest()
 
 
-def _files(package: str) -> list[pathlib.Path]:
-    """Files of an installed package, or its single module; none where it is missing."""
+def _files(package: str) -> dict[str, pathlib.Path]:
+    """{name in the package: file} of an installed package, or of its single module; none where it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        return []
+        return {}
     if spec.submodule_search_locations is None:
-        return [pathlib.Path(str(spec.origin))]
+        return {package: pathlib.Path(str(spec.origin))}
     roots = map(pathlib.Path, spec.submodule_search_locations)
-    return sorted(path for root in roots for path in root.rglob("*") if path.suffix in HASHED)
+    found = {
+        f"{package}/{path.relative_to(root)}": path
+        for root in roots
+        for path in root.rglob("*")
+        if path.suffix in HASHED and path.is_file()
+    }
+    return dict(sorted(found.items()))
 
 
 def plan_of(fields: Fields) -> Plan:

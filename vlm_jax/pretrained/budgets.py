@@ -220,7 +220,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     parts: Fields = {"encoder": encoder, "decoder": decoder}
     grid = _grid_of_view(model, views)
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
-    at_tokens = packed or laid_out != grid or reducer_class.on_tokens
+    at_tokens = packed or laid_out != grid or section.get("rule", "exact") in reducer_class.on_tokens
     if kind == "downsample_image":
         return _with_smaller_pictures(system, model, tokens, section, path)
     if packed and reducer_class.reduces_in == "encoder":

@@ -35,7 +35,7 @@ class CDPruner(GuidedByClip):
     """
 
     kind: ClassVar[str] = "cdpruner"
-    on_tokens: ClassVar[bool] = True
+    on_tokens: ClassVar[tuple[Rule, ...]] = ("exact", "as_released")
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic

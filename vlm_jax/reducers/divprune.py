@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Share
-from vlm_jax.reducers.reducer import KeepsFeatures, every, real, unit
+from vlm_jax.reducers.reducer import KeepsFeatures, Rule, every, real, unit
 from vlm_jax.types import VisualFeatures
 
 # Scores below any cosine distance: masked features, and features already selected.
@@ -32,6 +32,7 @@ class DivPrune(KeepsFeatures):
     """
 
     kind: ClassVar[str] = "divprune"
+    on_tokens: ClassVar[tuple[Rule, ...]] = ("as_released",)
 
     ratio: Share | None = None
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import NonNegative, Share, Size
-from vlm_jax.reducers.reducer import KeepsAttended, every, highest, pick, real
+from vlm_jax.reducers.reducer import KeepsAttended, Rule, every, highest, pick, real
 from vlm_jax.types import VisualFeatures
 
 _SMALL = 1e-6  # of the release
@@ -56,6 +56,7 @@ class HoloV(KeepsAttended):
     """
 
     kind: ClassVar[str] = "holov"
+    on_tokens: ClassVar[tuple[Rule, ...]] = ("as_released",)
 
     num_crops: Size = 16
     variety: NonNegative = 0.09

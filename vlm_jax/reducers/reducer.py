@@ -31,7 +31,7 @@ class Reducer(Protocol):
       guided_by: what it needs to know of the question: `clip` for `VisualFeatures.guidance`, the embeddings by both
         towers of a CLIP, and it is then a `GuidedReducer`; None where it needs nothing, or finds the text in the
         decoder's sequence.
-      on_tokens: whether it acts on the connector's tokens even where it could act before the connector.
+      on_tokens: rules by which it acts on the connector's tokens even where it could act before the connector.
       rule: `exact` meets the budget exactly and leaves images within it unchanged; `as_released` has the counts,
         the order and the extra tokens of the released code.
       positions: whether kept tokens keep their positions (on all axes), or the row is renumbered.
@@ -41,7 +41,7 @@ class Reducer(Protocol):
     reduces_in: ClassVar[Part | None]
     reduces_clips: ClassVar[bool]
     guided_by: ClassVar[GuidedBy | None]
-    on_tokens: ClassVar[bool]
+    on_tokens: ClassVar[tuple[Rule, ...]]
 
     @property
     def rule(self) -> Rule: ...
@@ -113,7 +113,7 @@ class PassesFeatures(nn.Module, kw_only=True):
     reduces_in: ClassVar[Part | None] = None
     reduces_clips: ClassVar[bool] = False
     guided_by: ClassVar[GuidedBy | None] = None
-    on_tokens: ClassVar[bool] = False
+    on_tokens: ClassVar[tuple[Rule, ...]] = ()
 
     rule: Rule = "exact"
     positions: PositionRule = "consecutive"

@@ -11,7 +11,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
 from vlm_jax.evals.intervals import Trainings, intervals_over_seeds
 
@@ -383,6 +383,8 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
         panel.minorticks_off()
         panel.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
         panel.xaxis.set_major_locator(FixedLocator(log_ticks(points, axis)))
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(5))  # so that labels of several digits have room
 
 
 def told_seeds(points: Sequence[FrontierPoint]) -> str:

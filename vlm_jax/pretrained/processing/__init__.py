@@ -94,6 +94,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "qwen2_5_vl_text": text.processor,
     "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
+    "qwen3_moe": text.processor,
     "qwen3_vl": qwen_hf.processor3,
     "qwen3_vl_moe": qwen_hf.processor3,
     "qwen3_vl_moe_text": text.processor,
