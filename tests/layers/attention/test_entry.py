@@ -239,6 +239,14 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context
     assert choose_implementation(x, x, context) == expected
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(1024, "xla"), (1025, "splash")])
+def test_weights_that_would_fill_a_tpu_are_left_to_a_kernel(monkeypatch, rows, expected):
+    """Of 16 heads and 256 positions: 4 GiB in float32, and more."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x = jax.ShapeDtypeStruct((rows, 256, 16, 72), jnp.bfloat16)
+    assert choose_implementation(x, x, Context("full")) == expected
+
+
 def test_the_choice_is_logged_once(monkeypatch, caplog):
     entry._tell.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

@@ -7,7 +7,7 @@
 | CPU, where the attention weights exceed its caches | `blocked`: the same, head by head and in blocks of queries |
 | GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
 | TPU, at least 128 queries and keys, no bias | `splash`: JAX's Pallas kernel, for segments, whole or causal |
-| the same, whole, with at most 256 queries and keys, and heads that 128 does not divide | `xla` |
+| the same, whole, with at most 256 queries and keys (4 GiB of weights), and heads that 128 does not divide | `xla` |
 | the same, with windows, branches, groups, or causal queries after earlier keys | `flash`: our Pallas kernel |
 | TPU, else | `xla` |
 
@@ -40,7 +40,9 @@ from vlm_jax.layers.platform import platform
 _log = logging.getLogger(__name__)
 
 Implementation = Literal["xla", "blocked", "cudnn", "splash", "flash", "ring"]
-FEW = 256  # queries and keys whose weights cost less than padding narrow heads for a kernel of a TPU
+# Queries and keys whose weights cost less than padding narrow heads for a kernel of a TPU, and the most bytes of these
+# weights on a device.
+FEW, FEW_BYTES = 256, 4 * 2**30
 
 
 _written_out = contextvars.ContextVar("written_out", default=False)
@@ -91,7 +93,10 @@ def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased:
         masks = _masks(context, length, num_keys)
         if masks:
             return "flash", masks
-        if context.mask_kind == "full" and max(length, num_keys) <= FEW and head_dim % LANES:
+        mesh = active_mesh()
+        weights = 4 * batch * heads * length * num_keys // (1 if mesh is None else mesh.size)
+        few = max(length, num_keys) <= FEW and weights <= FEW_BYTES
+        if context.mask_kind == "full" and few and head_dim % LANES:
             return "xla", f"at most {FEW} queries and keys, whose heads of {head_dim} a kernel would pad"
         return "splash", f"{context.mask_kind} attention inside segments"
     if on == "gpu":
