@@ -133,7 +133,7 @@ def _read_picture(data: bytes) -> None:
 
 def _read_video(data: bytes) -> None:
     sampler = SegmentSampler(3) if data[-1:] < b"\x80" else RateSampler(max_frames=4)
-    frames, fps, _ = read_video(data, sampler, max_pixels=PIXELS)
+    frames, fps, *_ = read_video(data, sampler, max_pixels=PIXELS)
     assert frames and fps > 0
     assert video_size(data, sampler, max_pixels=PIXELS)[0] == len(frames)
 
