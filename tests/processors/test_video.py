@@ -77,7 +77,7 @@ def test_a_file_gives_the_chosen_frames_and_their_rate(tmp_path, as_path):
     if as_path:
         (tmp_path / "v.mp4").write_bytes(source)
         source = tmp_path / "v.mp4"
-    frames, fps, _ = read_video(source, RateSampler())
+    frames, fps, *_ = read_video(source, RateSampler())
     assert levels(frames) == [0, 6, 12, 17, 23, 29]
     assert frames[0].size == (48, 32)
     assert fps == pytest.approx(2.0)
@@ -246,7 +246,7 @@ def test_every_frame_is_read_and_told_once(caplog):
     video_module._tell_every_frame.cache_clear()
     sampler = EveryFrame(MiddleSampler(4))
     with caplog.at_level(logging.WARNING):
-        frames, rate, _ = read_video(video(5, 10), sampler)
+        frames, rate, *_ = read_video(video(5, 10), sampler)
         read_video(video(3, 10), sampler)
     assert (levels(frames), rate) == (list(range(5)), 10)
     (told,) = [record.message for record in caplog.records if "every frame" in record.message]
