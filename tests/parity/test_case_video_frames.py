@@ -92,9 +92,7 @@ def test_frames_of_another_size_than_tiles(tmp_path):
     parts = json.loads(path.read_text())
     parts["video_processor"]["max_image_size"] = {"longest_edge": 56}
     path.write_text(json.dumps(parts))
-    with pytest.raises(
-        PretrainedError, match="video processor: max_image_size: expected .* image processor, 28, got 56"
-    ):
+    with pytest.raises(PretrainedError, match=r"max_image_size: expected .* image processor, 28, got 56"):
         idefics3.processor_smolvlm(folder, config)
 
 

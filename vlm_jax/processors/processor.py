@@ -300,8 +300,8 @@ class Processor:
           turns: which answers have loss weight: "all" or "last". A message's own keys `loss` (true or false) and
             `weight` (a factor of at least 0) take precedence.
           name: name of the sample, for errors.
-          fps: frames per second of videos that are given as frames. State it where the text or the positions have times:
-            the default holds for every system, although releases assume others (SmolVLM 24).
+          fps: frames per second of videos that are given as frames. State it where the text or the positions have
+            times: the default holds for every system, although releases assume others (SmolVLM 24).
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
           max_video_tokens: the same for a video.
           frame_sampler: selects frames of video files; the processor's own when None.
