@@ -61,7 +61,10 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     known.describe_known(name)
     check_released(config, name, PretrainedError)
     # Keys of rope's own section are checked where it is read.
-    inside_rope = {"type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"}
+    inside_rope = {
+        *("type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"),
+        *("low_freq_factor", "high_freq_factor"),
+    }
     assert read - FORMS.keys() - SECTIONS - inside_rope - {"model_registry"} == set()
 
 
