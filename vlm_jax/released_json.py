@@ -133,7 +133,8 @@ FORMS: dict[str, Form] = _table(
         moe_intermediate_size projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
-        tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor""",
+        tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
+        text_hidden_size""",
     ),
     (
         COUNT | NULL,

@@ -1,5 +1,7 @@
 """Frames of a video that the settings of a folder choose, compared with sample_frames of transformers."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
@@ -7,8 +9,12 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import idefics3, internvl_hf, qwen_hf
+from vlm_jax.pretrained.processing.settings import video_settings
 from vlm_jax.processors.views import PictureMismatch
+
+from .processors import save, smolvlm_processor
 
 LENGTHS = [(4, 8.0), (48, 8.0), (47, 25.0), (301, 29.97), (700, 30.0)]
 QWEN = [
@@ -64,6 +70,30 @@ def test_frames_of_internvl(tmp_path, stated, total, fps):
 def test_frames_of_smolvlm(stated, total, fps):
     """Of the longer ones with 5 frames the first and the last second are skipped."""
     assert ours(idefics3.sampler(stated), total, fps) == theirs(SmolVLMVideoProcessor(**stated), total, fps)
+
+
+def test_frames_of_a_saved_smolvlm(tmp_path):
+    """`save_pretrained` writes `do_sample_frames` as false; `video_sampling` takes precedence over other keys."""
+    sampling = {"fps": 0.5, "max_frames": 5, "video_size": {"longest_edge": 8}}
+    made = SmolVLMVideoProcessor(fps=1, num_frames=64, video_sampling=sampling)
+    made.save_pretrained(tmp_path)
+    stated = video_settings(tmp_path)
+    assert stated["do_sample_frames"] is False
+    assert ours(idefics3.sampler({**stated, "fps": 1, "num_frames": 64, "video_sampling": sampling}), 301, 29.97) == (
+        theirs(made, 301, 29.97)
+    )
+    assert ours(idefics3.sampler(stated), 301, 29.97) == theirs(made, 301, 29.97)
+    assert len(idefics3.sampler({"do_sample_frames": False}).chosen(301, 29.97)) == 301
+
+
+def test_frames_of_another_size_than_tiles(tmp_path):
+    folder, config = save(smolvlm_processor(), tmp_path, model_type="smolvlm")
+    path = folder / "processor_config.json"
+    parts = json.loads(path.read_text())
+    parts["video_processor"]["max_image_size"] = {"longest_edge": 56}
+    path.write_text(json.dumps(parts))
+    with pytest.raises(PretrainedError, match=r"max_image_size: expected .* image processor, 28, got 56"):
+        idefics3.processor_smolvlm(folder, config)
 
 
 @pytest.mark.parametrize("made", [Qwen2VLVideoProcessor, InternVLVideoProcessor])

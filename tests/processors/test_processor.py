@@ -17,9 +17,10 @@ from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.native import NativeViews, VolumeLimits
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
-from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.prompt import TemplatePrompt, TiledText
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.spelled_prompt import PromptError
+from vlm_jax.processors.split_tiles import SplitViews
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.views import PictureMismatch
@@ -31,7 +32,7 @@ SQUARE = SquareViews(Pixels(), (4, 4), 3, "stretch")
 
 
 def processor(views=SQUARE, tokens=MARKS, **fields):
-    prompt = {key: fields.pop(key) for key in ("texts", "split", "joined") if key in fields}
+    prompt = {key: fields.pop(key) for key in ("texts", "split", "joined", "tiled") if key in fields}
     return Processor(TemplatePrompt(TEMPLATE, TOKENIZER, MARKS, tokens, **prompt), views, TOKENIZER, 2, **fields)
 
 
@@ -172,6 +173,25 @@ def test_a_budget_of_a_video():
             InfeasibleBudget, match=f"conversation 0, video 0: a video.* takes at least {least} visual tokens"
         ):
             made(say("<video>"), videos=[frames], max_video_tokens=least - 1)
+
+
+def test_frames_under_a_budget_keep_their_own_times():
+    """Three of six frames at two a second are numbers 0, 2 and 3."""
+    made = processor(InternVLViews(Pixels(), 4, 2), {"video": "<video>"}, texts={"video": "{seconds}<video>"})
+    batch = made(say("<video>"), videos=[[picture(8, 8)] * 6], max_video_tokens=7)
+    spelled = [token for time in ("0.0", "\n1.0", "\n1.5") for token in (*letters(time), 4, 4)]
+    np.testing.assert_array_equal(batch.tokens[0], [1, *spelled, *letters("!")])
+
+
+def test_an_image_whose_tiles_have_places_is_one_picture():
+    """It has 2 x 3 tiles and the whole; each of 3 frames is a place of its own."""
+    views, tiled = SplitViews(Pixels(), 4, 1, 12, video_edge=4), TiledText("<image>", "", "")
+    made = processor(views, {"image": "<image>", "video": "<video>"}, tiled=tiled)
+    load = made.example(say("<image>", "<video>"), [picture(8, 12)], [[picture()] * 3]).load
+    assert (load.images, load.pictures) == (7 + 3, 1 + 3)
+    for given in (1, 3):
+        with pytest.raises(PictureMismatch, match=f"has {given} image placeholders, but got 2"):
+            made(say("<image> What?" * given), [picture(8, 12)] * 2)
 
 
 def test_every_error_names_its_sample():

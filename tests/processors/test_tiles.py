@@ -184,6 +184,7 @@ BUDGETED = [
     (Ovis2Views(Pixels(), 8, 2, 9), 15, 5),
     (anyres("spatial_unpad", canvases=((8, 16), (16, 16))), 14, 14),
     (SplitViews(Pixels(), 8, 2, 32), 10, 2),  # of 34: two rows and columns, and the whole
+    (SplitViews(Pixels(), 7, 2, 21), 20, 2),  # the sides become 21 and 22
     (SquareViews(Pixels(), (8, 8), 4), 4, 4),
     (FixedTilesViews(Pixels(), (8, 8), 2, (1, 2), thumbnail=True), 6, 6),
     (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 4096, 4096, image_edges=(0, 1)), 20, 3),

@@ -24,6 +24,7 @@ _IDEFICS3 = (
     "model.connector.modality_projection.proj.weight",
     "model.text_model.embed_tokens.weight",
 )
+_QWEN2_VL = ("visual.patch_embed.proj.weight", "model.embed_tokens.weight")
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -36,19 +37,19 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "language_model.lm_head.weight",
         "vision_tower.vision_model.embeddings.class_embedding",
     ),
+    "llavaonevision1_5": _QWEN2_VL,
     "mobilevlm": ("model.embed_tokens.weight",),
     "multi_modality": ("language_model.model.norm.weight",),
     "ovis": ("llm.model.norm.weight",),
     "ovis2_5": ("llm.model.norm.weight",),
     "qwen": ("transformer.wte.weight", "transformer.visual.proj"),
-    "qwen2_5_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
-    "qwen2_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_vl": _QWEN2_VL,
     "qwen3_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "smolvlm": _IDEFICS3,
     "vit": ("pooler.dense.weight",),
 }
-_KEYS["llavaonevision1_5"] = _KEYS["qwen2_vl"]
 _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
 
 

@@ -85,6 +85,10 @@ class DownsampledViews(Tiles):
         """That of `base`."""
         return self.base.video_load(num_frames, size, max_tokens)
 
+    def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
+        """Those of `base`."""
+        return self.base.kept_frames(num_frames, size, max_tokens)
+
     def within(self, max_tokens: int) -> "DownsampledViews":
         """With fewer tiles, where `base` can do with fewer."""
         return dataclasses.replace(self, base=self.base.within(max_tokens))

@@ -225,6 +225,11 @@ class NativeViews:
         size, num_slots = self._video_size(num_frames, size, max_tokens), self.format.num_slots(num_frames)
         return num_slots * self._load(1, size) if self.video_parts else self._load(num_slots, size)
 
+    def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
+        """All frames."""
+        del size, max_tokens
+        return range(num_frames)
+
     def _video_size(self, num_frames: int, size: Size, max_tokens: int | None) -> Size:
         num_slots, unit = self.format.num_slots(num_frames), self.format.block_size
         least, most = self.min_pixels, self.max_pixels

@@ -1,5 +1,6 @@
 """The processor of every system: a conversation and its images to a row, and rows to a batch."""
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -43,7 +44,7 @@ from vlm_jax.processors.video import (
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
 from vlm_jax.types import ROW_KEYS, Batch, Fields, Grid, Load, RowShape, VideoSize
 
-FRAME_RATE = 2.0  # frames a second of a video that is given as frames
+FRAME_RATE = 2.0  # frames a second of a video that is given as frames, for all systems; SmolVLM's own code assumes 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +300,8 @@ class Processor:
           turns: which answers have loss weight: "all" or "last". A message's own keys `loss` (true or false) and
             `weight` (a factor of at least 0) take precedence.
           name: name of the sample, for errors.
-          fps: frames per second of videos that are given as frames.
+          fps: frames per second of videos that are given as frames. State it where the text or the positions have
+            times: the default holds for every system, although releases assume others (SmolVLM 24).
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
           max_video_tokens: the same for a video.
           frame_sampler: selects frames of video files; the processor's own when None.
@@ -469,7 +471,8 @@ class Processor:
             load = views.video_load(count, (height, width), most) // len(layouts)
             made = [None] * len(layouts) if prepared is None else prepared[number]
             before = full.video_layouts(count, (height, width), most)
-            at = times_of_parts(times, views.frames_per_part)[: len(layouts)]  # a bound may leave fewer parts
+            kept = [times[frame] for frame in views.kept_frames(count, (height, width), most)]
+            at = times_of_parts(kept, views.frames_per_part)[: len(layouts)]  # one entry may be of all parts
             frames = views.format.num_slots(count) if isinstance(views, NativeViews) else 1
             each = frames // len(layouts)
             parts = zip(layouts, before, made, at, strict=True)
@@ -524,8 +527,11 @@ class Processor:
             "video": list(itertools.chain(*videos)),
         }
         self._check_ids(pieces, name)
-        num_tiles = sum(len(image.places) for image in images) - len(images)
-        filled, order = self._filled(pieces, waiting, messages, name, num_tiles)
+        parts_of: dict[Kind, list[int]] = {
+            "image": [len(image.places) for image in images],
+            "video": [len(parts) for parts in videos],
+        }
+        filled, order = self._filled(pieces, waiting, messages, name, parts_of)
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
             raise SequenceTooLong(
@@ -536,14 +542,13 @@ class Processor:
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
         if self.reduction is not None and self.reduction.question is not None:
             kinds: list[Kind] = [piece.kind for piece in pieces if isinstance(piece, Slot)]
-            parts = [len(image.places) for image in images], [len(parts) for parts in videos]
-            own = self._messages_of(messages, kinds, *parts)
+            own = self._messages_of(messages, kinds, *parts_of.values())
             learned = np.flatnonzero(answer_weights(messages, turns)).tolist() if targets else ()
             asked = self.reduction.question(messages, self.placeholders, own, name, learned)
             tokens = tuple(dataclasses.replace(one, question=its) for one, its in zip(tokens, asked, strict=True))
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
-        taken = Load(length, load, kept, len(order))
+        taken = Load(length, load, kept, len(images) + sum(parts_of["video"]))
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
     def _messages_of(
@@ -608,18 +613,21 @@ class Processor:
         waiting: Mapping[Kind, list[Place]],
         messages: Conversation,
         name: str,
-        num_tiles: int,
+        parts_of: Mapping[Kind, list[int]],
     ) -> tuple[list[Text | Visual], list[Place]]:
-        """The pieces with their places, which are returned in order; images have `num_tiles` places beyond one each."""
+        """The pieces with their places, which are returned in order; `parts_of` has each image's and video's number."""
         marks = [(mark, kind) for kind, marks in self.prompt.placeholders.items() for mark in marks]
         for kind, places in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
-            more = num_tiles if kind == "image" and wanted > len(places) else 0
             if wanted != len(places):
+                parts = parts_of[kind]
+                ends = list(itertools.accumulate(parts, initial=0))
+                beyond = max(wanted - len(places), 0)  # those that no image was given for have one place each
+                marked = bisect.bisect_right(ends, wanted) - 1 + beyond
                 found = ((n, mark, of) for n, text in texts_of(messages) for mark, of in marks if mark in text)
                 said = "".join(f"; message {n} writes '{mark}', which stands for a {of}" for n, mark, of in found)
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted - more} {kind} placeholders, but got {len(places) - more}; pass one "
+                    f"{name}: its text has {marked} {kind} placeholders, but got {len(parts)}; pass one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}{said}'
                 )
         filled: list[Text | Visual] = []

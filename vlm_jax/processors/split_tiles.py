@@ -71,10 +71,11 @@ class SplitViews(FrameTiles):
 
     def within(self, max_tokens: int) -> "SplitViews":
         """The same views with a shorter longest edge, or without splitting."""
-        most = math.ceil(min(self.longest_edge, MAX_EDGE) / self.side) if self.splits else 1
+        edge = min(self.longest_edge, MAX_EDGE)
+        most = math.ceil((edge + edge % 2) / self.side) if self.splits else 1  # the other side is rounded up to even
         for count in range(most, 1, -1):
             if (count * count + 1) * self.num_tokens <= max_tokens:
-                return dataclasses.replace(self, longest_edge=min(self.longest_edge, count * self.side))
+                return dataclasses.replace(self, longest_edge=min(self.longest_edge, count * self.side // 2 * 2))
         if self.num_tokens > max_tokens:
             raise too_few(max_tokens, self.num_tokens)
         return dataclasses.replace(self, splits=False)
@@ -106,7 +107,7 @@ class SplitViews(FrameTiles):
         """The frame at the longest edge, then as a tile."""
         assert self.video_edge is not None
         pixels = self.frame_pixels
-        resized = pixels.resized(frame, resized_size(height_and_width(frame), self.video_edge))
+        resized = pixels.resized(frame, resized_size(height_and_width(frame), min(self.video_edge, MAX_EDGE)))
         return pixels.resized(resized, (self.side, self.side))
 
 

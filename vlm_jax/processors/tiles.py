@@ -188,15 +188,20 @@ class FrameTiles(Tiles):
             raise too_few(max_tokens, self.num_tokens, "a video")
         return min(num_frames, max_tokens // self.num_tokens)
 
+    def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
+        """See `Views`: the middle of each of equal parts of the video."""
+        count = self.video_load(num_frames, size, max_tokens)
+        if count == num_frames:
+            return range(num_frames)
+        return SegmentSampler(count).chosen(num_frames, 1).tolist()
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
         """Every selected frame as one tile and a separate entry; see `video_load`."""
         del fps  # the frame rate is not used
-        count = self.video_load(len(frames), height_and_width(frames[0]), max_tokens)
-        if count < len(frames):
-            frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
-        return [self._prepared([self.frame_tile(frame)], self.frame_pixels) for frame in frames]
+        kept = self.kept_frames(len(frames), height_and_width(frames[0]), max_tokens)
+        return [self._prepared([self.frame_tile(frames[number])], self.frame_pixels) for number in kept]
 
     def _prepared(self, tiles: list[Image.Image], pixels: Pixels) -> PreparedImage:
         count = len(tiles) * self.num_tokens

@@ -181,6 +181,10 @@ class Views(Protocol):
         """The load of a video."""
         ...
 
+    def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
+        """Indices of the frames that `video` keeps, in order."""
+        ...
+
     def within(self, max_tokens: int) -> "Views":
         """The same views with at most `max_tokens` visual tokens per image, by fewer tiles or pixels.
 
@@ -269,6 +273,11 @@ class Tiles(abc.ABC):
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
         """Raises `PictureMismatch`: videos are not supported."""
         return len(self.video_layouts(num_frames, size, max_tokens))
+
+    def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
+        """All frames."""
+        del size, max_tokens
+        return range(num_frames)
 
     def sized(self: OwnViews, size: ItemSize) -> OwnViews:
         """Raises `PictureMismatch` for any setting: the sizes of tiles are fixed."""

@@ -61,14 +61,18 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     known.describe_known(name)
     check_released(config, name, PretrainedError)
     # Keys of rope's own section are checked where it is read.
-    inside_rope = {"type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"}
+    inside_rope = {
+        *("type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"),
+        *("low_freq_factor", "high_freq_factor"),
+    }
     assert read - FORMS.keys() - SECTIONS - inside_rope - {"model_registry"} == set()
 
 
 # Keys that `pretrained` reads from our own configs, and those that it checks where it reads them.
 OF_OUR_CONFIGS = {
-    *("connector", "decoder", "encoder", "init_from", "kind", "learning_rates", "processor", "reducer", "release"),
-    *("stages", "token_budget", "out_dim", "stem_layers", "width_factor", "patches", "classifier", "classifier.weight"),
+    *("connector", "decoder", "encoder", "init_from", "kind", "learning_rates", "positions", "processor", "reducer"),
+    *("release", "stages", "token_budget", "out_dim", "stem_layers", "width_factor", "patches", "classifier"),
+    "classifier.weight",
 }
 CHECKED_THERE = {
     *("base_model_name_or_path", "load_in_4bit", "load_in_8bit", "quant_algo", "quant_method", "llava", "variant"),

@@ -61,18 +61,23 @@ def processor(folder: Folder, config: Config) -> Processor:
 
 
 def processor_smolvlm(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder of SmolVLM, whose videos are frames with their times."""
+    """The processor of a folder of SmolVLM, whose videos are frames with their times.
+
+    Raises:
+      PretrainedError: tiles of images and of frames have different sizes.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     roles = {role: tokenizer.names.get(role, name) for role, name in NAMES.items()}
     images, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     # Where there are no settings of videos, those of images are read for them.
     stated = videos or images
     edge = stated.get("size") or (stated.get("video_sampling") or {}).get("video_size") or DEFAULTS["size"]
-    views = _views(
-        folder,
-        video_pixels=video_pixels(folder, images),
-        video_edge=_edge({"size": edge}, "size", f"{folder}: video processor"),
-    )
+    where = f"{folder}: video processor"
+    views = _views(folder, video_pixels=video_pixels(folder, images), video_edge=_edge({"size": edge}, "size", where))
+    if "max_image_size" in stated and (side := _edge(stated, "max_image_size", where)) != views.side:
+        raise PretrainedError(
+            f"{where}: max_image_size: expected that of the image processor, {views.side}, got {side}"
+        )
     return Processor(
         _prompt(folder, tokenizer, roles),
         views,
@@ -83,10 +88,17 @@ def processor_smolvlm(folder: Folder, config: Config) -> Processor:
 
 
 def sampler(videos: Config) -> FrameSampler:
-    """Selects frames of video files as the settings of videos state, by default as those of the releases."""
-    sampling = {**SAMPLING, **(videos.get("video_sampling") or {})}
-    found = SpreadSampler(videos.get("fps", sampling["fps"]), videos.get("num_frames", sampling["max_frames"]))
-    return EveryFrame(found) if videos.get("do_sample_frames") is False else found
+    """Selects frames of video files as the settings of videos state, by default as those of the releases.
+
+    Where a rate or a number is stated, `do_sample_frames` is without effect, and `video_sampling` takes precedence.
+
+    Source: transformers, models/smolvlm: processing_smolvlm.py, apply_chat_template; video_processing_smolvlm.py,
+    SmolVLMVideoProcessor.__init__.
+    """
+    stated = {"fps": videos.get("fps"), "max_frames": videos.get("num_frames"), **(videos.get("video_sampling") or {})}
+    given = {key: stated[key] for key in SAMPLING if stated.get(key) is not None}
+    found = SpreadSampler(**{**SAMPLING, **given})
+    return EveryFrame(found) if videos.get("do_sample_frames") is False and not given else found
 
 
 def _views(folder: Folder, **videos: Any) -> SplitViews:

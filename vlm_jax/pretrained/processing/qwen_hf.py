@@ -31,7 +31,8 @@ DEFAULTS: Fields = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 # Maximum tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
-VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
+QWEN2_5_VIDEO_TOKENS = 24576
+VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": QWEN2_5_VIDEO_TOKENS}
 # transformers, models/qwen3_vl/video_processing_qwen3_vl.py.
 QWEN3_VIDEO_PIXELS = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}
 QWEN3_VIDEO_TOKENS = 768
@@ -64,7 +65,7 @@ def processor_of_frames(folder: Folder, config: Config) -> Processor:
     """
     defaults: Fields = {**DEFAULTS, "temporal_patch_size": 1}
     check_supported(image_settings(folder, defaults), {"temporal_patch_size": (1,)}, f"{folder}: image processor")
-    return _processor(folder, config, defaults, max_tokens=VIDEO_TOKENS["qwen2_5_vl"], class_tokens=True)
+    return _processor(folder, config, defaults, max_tokens=QWEN2_5_VIDEO_TOKENS, class_tokens=True)
 
 
 def _processor(
