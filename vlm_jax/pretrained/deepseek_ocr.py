@@ -29,6 +29,7 @@ SAM_DEFAULTS: Fields = {
 }
 CLIP_DEFAULTS: Fields = {"width": 1024, "layers": 24, "heads": 16, "image_size": 224, "patch_size": 14}
 PATCH_SIZE, WINDOW_SIZE, MLP_RATIO, NECK_DIM = 16, 14, 4, 256
+NECK_KEY = "model.sam_model.neck.0.weight"
 PROJECTOR_DEFAULTS: Fields = {"projector_type": "linear", "input_dim": 2048, "n_embed": 1280}
 LEARNED_ROWS = {"image_newline": "model.image_newline", "view_separator": "model.view_seperator"}
 LANGUAGE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*")
@@ -85,7 +86,7 @@ def _sam(vision: Fields, checkpoint: Mapping[str, SourceTensor], dtypes: Fields)
     channels = tuple(sizes["downsample_channels"])
     if len(channels) != len(DOWNSAMPLES):
         raise PretrainedError(f"{where}.downsample_channels: expected {len(DOWNSAMPLES)} numbers, got {list(channels)}")
-    neck = checkpoint.get("model.sam_model.neck.0.weight")  # whose channels the config does not have
+    neck = checkpoint.get(NECK_KEY)  # whose channels the config does not have
     return SAM(
         image_size=(vision["image_size"],) * 2,
         patch_size=PATCH_SIZE,
