@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax import from_pretrained
 from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
 from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.deepseek_ocr import mode
 from vlm_jax.sweep.costs import flops
 from vlm_jax.types import RowShape, WholesAndTiles
@@ -66,8 +68,14 @@ def test_a_connector_that_does_not_take_a_tile_is_refused(model):
 
 
 def test_a_square_image_size_may_be_a_pair(tmp_path):
-    from vlm_jax import from_pretrained
-
     path = golden_folder("deepseek_ocr", tmp_path / "folder")
     edit(path, "config.json", ("vision_config", "image_size"), [192, 192])
     assert from_pretrained(path).processor.views.side == 192
+
+
+@pytest.mark.parametrize("width", [24, {"sam_vit_b": None}])
+def test_sizes_of_the_towers_are_objects(tmp_path, width):
+    path = golden_folder("deepseek_ocr", tmp_path / "folder")
+    edit(path, "config.json", ("vision_config", "width"), width)
+    with pytest.raises(PretrainedError, match=r"vision_config\.width: expected an object with the sizes of sam_vit_b"):
+        from_pretrained(path)

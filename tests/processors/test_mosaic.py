@@ -47,7 +47,9 @@ def test_a_bound_of_positions_counts_newlines_and_the_separator(bound, most_tile
     wide = Image.new("RGB", (1300, 650))
     assert GUNDAM.join([found.images([wide])]) is not None
     told = "at least 273 visual tokens, more than the 272 allowed; "
-    with pytest.raises(InfeasibleBudget, match=told + tried("set token_budget, which chooses among the modes, to 64")):
+    with pytest.raises(
+        InfeasibleBudget, match=told + tried("set token_budget, which chooses among the modes, to {64} tokens")
+    ):
         GUNDAM.within(272)
     assert GUNDAM.of_mode(64).most_positions == 73
 

@@ -14,6 +14,7 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
+from vlm_jax.released_json import shown
 from vlm_jax.types import Config, Dtype, Fields
 
 WHERE = "deepseek_ocr"
@@ -47,6 +48,11 @@ def describe(
     check_supported(settings, {"tile_tag": ("2D",)}, WHERE)
     vision = with_defaults(settings["vision_config"], VISION_DEFAULTS, f"{WHERE}.vision_config")
     check_supported(vision, {"model_name": ("deeplip_b_l",)}, f"{WHERE}.vision_config")
+    if not isinstance(vision["width"], Mapping) or None in vision["width"].values():
+        raise PretrainedError(
+            f"{WHERE}.vision_config.width: expected an object with the sizes of {SAM_NAME} and {CLIP_NAME}, got "
+            f"{shown(vision['width'])}"
+        )
     first, second = _sam(vision, checkpoint, dtypes), _clip(vision, dtypes)
     if first.features != second.width:
         raise PretrainedError(
