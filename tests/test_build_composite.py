@@ -41,6 +41,17 @@ def test_a_part_may_have_an_image_size_of_its_own():
     assert encoder.high.image_size == (48, 48) and encoder.low.image_size == (24, 24)
 
 
+def test_the_second_encoder_of_a_cascade_has_a_table_of_the_first_ones_features():
+    """48 pixels in patches of 12, halved once: 2 x 2 features."""
+    behind = {**VIT, "patch_size": 1, "embeds_patches": False}
+    section = {"kind": "cascade", "first": {**SAM, "downsample_dims": (8,)}, "second": behind}
+    experiment = built(section, budget=4)
+    assert experiment.system.budget.grid == (2, 2)
+    assert experiment.boxed_shapes()["encoder"]["second"]["positions"]["table"].value.shape == (4, 8)
+    own = built({**section, "second": {**behind, "image_size": (3, 3)}}, budget=4)
+    assert own.boxed_shapes()["encoder"]["second"]["positions"]["table"].value.shape == (9, 8)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -105,13 +105,15 @@ PAIR = list_of(SIDE, 2)
 NAMED_SIZE = mapping("an object of whole numbers, such as height and width", whole(1, (1 << 53) - 1) | NULL)
 TEMPLATES = list_of(mapping("an object with name and template", TEXT, required=("name", "template")))
 
+# Towers of DeepSeek-OCR, whose `width` is an object with the sizes of each by these names.
+TOWERS = {"sam_vit_b", "clip-l-14-224"}
 # Sections whose keys are read; other nested objects are not.
 SECTIONS = {
     *("text_config", "llm_config", "language_config", "text_config_dict", "text_cfg", "text"),
     *("vision_config", "vit_config", "vision_config_dict", "vision_tower_config", "vision_cfg", "visual", "image"),
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
-    *("sam_vit_b", "clip-l-14-224"),
+    *TOWERS,
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
     "video_sampling",
 }
@@ -157,7 +159,7 @@ FORMS: dict[str, Form] = _table(
     (list_of(COUNT, most=1 << 12), "downsample_channels"),
     (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes deepstack_visual_indexes"),
     (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
-    (list_of(TEXT, most=1 << 12) | NULL, "layer_types"),
+    (list_of(TEXT, most=1 << 12) | NULL, "layer_types architectures"),
     (INDEX | list_of(INDEX), "vision_feature_layer"),
     (INDEX, "mm_vision_select_layer select_layer"),
     (SIDE | NULL, "force_image_size base_size"),
@@ -290,7 +292,7 @@ def _wrong(settings: Mapping[str, Any], path: str) -> Iterator[str]:
     for key, value in settings.items():
         name = f"{path}{key}"
         form = FORMS.get(key)
-        if key == "width" and isinstance(value, Mapping):  # the sizes of several towers, by their names
+        if key == "width" and isinstance(value, Mapping) and value and value.keys() <= TOWERS:
             yield from _wrong(value, f"{name}.")
             form = None
         elif key in SECTIONS and not (key == "visual" and value is False):

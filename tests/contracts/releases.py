@@ -298,7 +298,9 @@ FOLDERS = {
             "processor_config.json": {"num_image_tokens": 16},
         },
     ),
-    "deepseek_ocr": Folder(golden="deepseek_ocr", whole=True),
+    "deepseek_ocr": Folder(
+        golden="deepseek_ocr", whole=True, files={"processor_config.json": {"crop_threshold": 16, "max_crops": 2}}
+    ),
     "deepseek_vl_v2": Folder(golden="deepseek_vl2_tiny", whole=True),
     "multi_modality": Folder(
         {"language_config.vocab_size": VOCABULARY},

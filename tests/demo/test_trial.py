@@ -16,8 +16,10 @@ from vlm_jax.demo.answer import Answer
 from vlm_jax.demo.choices import Choices
 from vlm_jax.demo.comparison import comparison
 from vlm_jax.demo.kept import kept_boxes, kept_tokens
-from vlm_jax.demo.trial import Trial, TrialError
+from vlm_jax.demo.trial import Trial, TrialError, caption
 from vlm_jax.generation.text import Completion
+from vlm_jax.processors.mosaic import Mosaic, MosaicViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.serve.service import ServeSettings
 from vlm_jax.system import UnsupportedError
 
@@ -80,6 +82,16 @@ def test_as_many_tokens_are_kept_as_the_budget_has(model, picture, reducer):
     batch = reduced.system.processor(message(), [picture])
     kept = kept_tokens(reduced.system, model.params, batch)
     assert len(set(kept.tolist())) == 5 and set(kept.tolist()) <= set(range(16))
+
+
+def test_what_is_not_drawn_is_not_said_to_be_kept():
+    """Of a picture with tiles of another size than the whole no part is outlined."""
+    whole = MosaicViews(Pixels(), 4, (1, 1))
+    tiled = dataclasses.replace(whole, mosaic=Mosaic(2, (1, 1)))
+    assert caption("divprune", False, tiled).startswith("What divprune kept is not drawn")
+    assert caption("divprune", False, whole) == "divprune drops no part of the picture as a whole"
+    assert caption("divprune", True, whole).startswith("divprune kept the outlined parts")
+    assert caption("none", False, tiled) == "All parts of the picture were used"
 
 
 def test_bad_input_has_a_message(trial, picture, tmp_path):

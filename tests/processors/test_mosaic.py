@@ -10,6 +10,8 @@ from vlm_jax.processors.mosaic import Mosaic, MosaicViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import WholesAndTiles
 
+from ..advice import tried
+
 MODES = tuple(mode(Pixels(), side, side, False) for side in (512, 640, 1024, 1280))
 GUNDAM = MosaicViews(Pixels(), 1024, (16, 16), mosaic=Mosaic(640, (10, 10)), modes=MODES)
 
@@ -36,13 +38,20 @@ def test_a_bound_chooses_a_mode(bound, side, stretched, most_tiles):
         GUNDAM.of_mode(63)
 
 
-@pytest.mark.parametrize(("bound", "side", "most_tiles"), [(73, 512, 0), (110, 512, 0), (421, 1280, 0), (493, 1024, 2)])
-def test_a_bound_of_positions_counts_newlines_and_the_separator(bound, side, most_tiles):
+@pytest.mark.parametrize(("bound", "most_tiles"), [(273, 0), (421, 0), (482, 0), (493, 2)])
+def test_a_bound_of_positions_counts_newlines_and_the_separator(bound, most_tiles):
+    """It leaves the side, which is that of the row; another one is chosen for all rows."""
     found = GUNDAM.within(bound)
-    assert found.side == side and found.most_positions <= bound
+    assert found.side == 1024 and found.most_positions <= bound
     assert (0 if found.mosaic is None else found.mosaic.max_tiles) == most_tiles
-    with pytest.raises(InfeasibleBudget, match="at least 73 visual tokens"):
-        GUNDAM.within(72)
+    wide = Image.new("RGB", (1300, 650))
+    assert GUNDAM.join([found.images([wide])]) is not None
+    told = "at least 273 visual tokens, more than the 272 allowed; "
+    with pytest.raises(
+        InfeasibleBudget, match=told + tried("set token_budget, which chooses among the modes, to {64} tokens")
+    ):
+        GUNDAM.within(272)
+    assert GUNDAM.of_mode(64).most_positions == 73
 
 
 def test_a_row_has_the_tokens_of_each_image_together():

@@ -4,7 +4,7 @@ import pytest
 
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.prompt import Slot
-from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
+from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt, UnmarkedPrompt
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import PictureMismatch
 
@@ -38,6 +38,13 @@ def test_deepseek_vl2_learns_what_the_assistant_says():
         DeepSeekVL2Prompt(TOKENIZER)(messages[1:2] + messages[:1], ())
     with pytest.raises(PromptError, match="expected only images and text, got enable_thinking"):
         DeepSeekVL2Prompt(TOKENIZER)(messages, (), enable_thinking=True)
+
+
+def test_an_unmarked_prompt_takes_what_a_processor_gives():
+    made = processor()
+    made = type(made)(UnmarkedPrompt(TOKENIZER), made.views, TOKENIZER, 2)
+    batch = made([{"role": "user", "content": "<image>q"}], [picture()])
+    assert batch.tokens[0].tolist() == [1, 3, 3, 3, 100 + ord("q")]
 
 
 def test_qwen_vl_numbers_the_pictures_of_a_message():

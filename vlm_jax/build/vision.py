@@ -242,7 +242,10 @@ def build_encoder(section: RunConfig, path: str, image_size: tuple[int, int], dt
     for name in (field for field, hint in hints.items() if hint is ImageEncoder):
         if name not in section or not hasattr(section[name], "items"):
             raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
-        parts[name] = build_encoder(section[name], f"{path}.{name}", image_size, dtypes)
+        shown = image_size
+        if section["kind"] == "cascade" and name == "second":  # sees a map of features
+            shown = parts["first"].grid(*image_size)
+        parts[name] = build_encoder(section[name], f"{path}.{name}", shown, dtypes)
     rest = {key: section[key] for key in section if key not in parts}
     if rest.get("combine") == "tuple":
         raise ConfigError(

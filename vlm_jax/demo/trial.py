@@ -22,6 +22,8 @@ from vlm_jax.demo.kept import kept_boxes
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import NamedBox
 from vlm_jax.processors.image import CorruptImage, to_picture
+from vlm_jax.processors.mosaic import MosaicViews
+from vlm_jax.processors.views import Views
 from vlm_jax.serve.batcher import Ended, Event
 from vlm_jax.serve.errors import RequestError
 from vlm_jax.serve.request import ChatRequest
@@ -184,21 +186,35 @@ class Trial:
 
     def _drawing(self, question: Question, system: System, reducer: str, answer: Answer) -> tuple[Image.Image, str]:
         """The picture with what a reducer kept of it and the boxes of an answer, and a caption."""
-        picture, kept, said = question.picture, None, "All parts of the picture were used"
+        picture, kept = question.picture, None
         if reducer != NONE:
             content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": question.text}]
             batch = system.processor([{"role": "user", "content": content}], [question.content])
             size = picture.height, picture.width
             kept = kept_boxes(self._model.system, system, self._model.params, batch, size)
-            said = f"{reducer} drops no part of the picture as a whole"
-        if kept is not None:
-            said = f"{reducer} kept the outlined parts of the picture, and dropped the grey ones"
         boxes = self._boxes(system, answer, picture)
-        return draw(picture, kept=kept, boxes=boxes), said
+        return draw(picture, kept=kept, boxes=boxes), caption(reducer, kept is not None, self._model.processor.views)
 
     def _boxes(self, system: System, answer: Answer, picture: Image.Image) -> list[NamedBox]:
         assert answer.completion is not None
         return dataclasses.replace(self._model, system=system).boxes(answer.completion, picture)
+
+
+def caption(reducer: str, drawn: bool, views: Views) -> str:
+    """What a reducer kept of a picture, in words.
+
+    Args:
+      reducer: its kind, or `none`.
+      drawn: whether the parts that it kept are drawn.
+      views: of the system without it.
+    """
+    if reducer == NONE:
+        return "All parts of the picture were used"
+    if drawn:
+        return f"{reducer} kept the outlined parts of the picture, and dropped the grey ones"
+    if isinstance(views, MosaicViews) and views.mosaic is not None:
+        return f"What {reducer} kept is not drawn: this model sees the picture both as a whole and in tiles"
+    return f"{reducer} drops no part of the picture as a whole"
 
 
 def _read(source: str | os.PathLike[str] | None, text: str, max_pixels: int) -> Question:

@@ -185,10 +185,13 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
         drawn.append("learned_rows")
 
     def tokens_of(grid: Grid) -> Grid | int:
-        laid_out = made.token_grid(grid)
-        return made.num_tokens(grid) if laid_out is None or packed else laid_out
+        count, laid_out = made.num_tokens(grid), made.token_grid(grid)
+        return count if laid_out is None or packed else laid_out
 
-    views = _retokened(model, views, grid, tokens_of)
+    try:
+        views = _retokened(model, views, grid, tokens_of)
+    except InfeasibleGrid as error:
+        raise ConfigError(f"{path}.kind: {kind} does not take the features of a tile: {error}") from error
     if packed and tokens is not None:
         views = views.within(tokens)
     return dataclasses.replace(
@@ -256,7 +259,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         section = {"positions": "keep", **section}
     if isinstance(views, MosaicViews):
         views = dataclasses.replace(views, modes=())  # of which the reducer's tokens are not those of one
-        if views.mosaic is not None and section.get("positions") == "keep":
+        keeps = section.get("positions") == "keep" and reducer_class.reduces_in != "decoder"
+        if views.mosaic is not None and keeps:
             raise ConfigError(
                 f"{path}.positions: expected consecutive where tiles have another size than the view of the whole, got "
                 "keep"

@@ -14,6 +14,7 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
+from vlm_jax.released_json import shown
 from vlm_jax.types import Config, Dtype, Fields
 
 WHERE = "deepseek_ocr"
@@ -29,6 +30,7 @@ SAM_DEFAULTS: Fields = {
 }
 CLIP_DEFAULTS: Fields = {"width": 1024, "layers": 24, "heads": 16, "image_size": 224, "patch_size": 14}
 PATCH_SIZE, WINDOW_SIZE, MLP_RATIO, NECK_DIM = 16, 14, 4, 256
+NECK_KEY = "model.sam_model.neck.0.weight"
 PROJECTOR_DEFAULTS: Fields = {"projector_type": "linear", "input_dim": 2048, "n_embed": 1280}
 LEARNED_ROWS = {"image_newline": "model.image_newline", "view_separator": "model.view_seperator"}
 LANGUAGE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*")
@@ -46,6 +48,11 @@ def describe(
     check_supported(settings, {"tile_tag": ("2D",)}, WHERE)
     vision = with_defaults(settings["vision_config"], VISION_DEFAULTS, f"{WHERE}.vision_config")
     check_supported(vision, {"model_name": ("deeplip_b_l",)}, f"{WHERE}.vision_config")
+    if not isinstance(vision["width"], Mapping) or None in vision["width"].values():
+        raise PretrainedError(
+            f"{WHERE}.vision_config.width: expected an object with the sizes of {SAM_NAME} and {CLIP_NAME}, got "
+            f"{shown(vision['width'])}"
+        )
     first, second = _sam(vision, checkpoint, dtypes), _clip(vision, dtypes)
     if first.features != second.width:
         raise PretrainedError(
@@ -85,7 +92,7 @@ def _sam(vision: Fields, checkpoint: Mapping[str, SourceTensor], dtypes: Fields)
     channels = tuple(sizes["downsample_channels"])
     if len(channels) != len(DOWNSAMPLES):
         raise PretrainedError(f"{where}.downsample_channels: expected {len(DOWNSAMPLES)} numbers, got {list(channels)}")
-    neck = checkpoint.get("model.sam_model.neck.0.weight")  # whose channels the config does not have
+    neck = checkpoint.get(NECK_KEY)  # whose channels the config does not have
     return SAM(
         image_size=(vision["image_size"],) * 2,
         patch_size=PATCH_SIZE,

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.image import height_and_width
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiles import cut, padded
@@ -155,19 +156,37 @@ class MosaicViews(Tiles):
         return max(len(self.layout(grid)) for grid in grids)
 
     def within(self, max_tokens: int) -> "MosaicViews":
-        """The mode with the most tokens whose images take at most so many positions, or these with fewer tiles."""
-        return self._largest(max_tokens, "most_positions")
+        """These views, with so few tiles that an image takes at most so many positions.
+
+        Modes have other sides, and a row has one: they are for `of_mode`, which is for all rows.
+
+        Raises:
+          InfeasibleBudget: the whole alone takes more.
+        """
+        try:
+            return self._largest(max_tokens, "most_positions", ())
+        except InfeasibleBudget as error:
+            least = min((views.most_tokens for views in self.modes), default=self.tile_tokens)
+            if least >= self.tile_tokens:
+                raise
+            raise InfeasibleBudget(
+                f"{error}; set token_budget, which chooses among the modes, to {least} tokens or more"
+            ) from error
 
     def of_mode(self, max_tokens: int) -> "MosaicViews":
-        """The same by tokens alone, without newlines and separator, as the release names its modes: 64, 100, 256, 400.
+        """The mode with the most tokens, at most so many, or these views with fewer tiles.
+
+        Newlines and the separator are not counted, as the release names its modes: 64, 100, 256, 400.
 
         Raises:
           InfeasibleBudget: the smallest mode takes more.
         """
-        return self._largest(max_tokens, "most_tokens")
+        return self._largest(max_tokens, "most_tokens", self.modes)
 
-    def _largest(self, bound: int, count: Literal["most_positions", "most_tokens"]) -> "MosaicViews":
-        choices = [self, *self.modes, dataclasses.replace(self, mosaic=None)]
+    def _largest(
+        self, bound: int, count: Literal["most_positions", "most_tokens"], modes: Sequence["MosaicViews"]
+    ) -> "MosaicViews":
+        choices = [self, *modes, dataclasses.replace(self, mosaic=None)]
         if self.mosaic is not None:
             fewer = range(self.mosaic.min_tiles, self.mosaic.max_tiles)
             mosaics = [dataclasses.replace(self.mosaic, max_tiles=most) for most in fewer]

@@ -106,7 +106,7 @@ class Reduction:
         """Maximum number of tokens before the reducer of images with a total load of `capacity`."""
         if isinstance(self.before, NativeViews):
             return capacity // self.before.format.merge_size**2 * self.before.block_tokens
-        return capacity * (self.before.tile_tokens if isinstance(self.before, Tiles) else 0)
+        return capacity * max(self.before.groups(capacity), default=0) if isinstance(self.before, Tiles) else 0
 
     def applied(
         self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, shape: RowShape | None
@@ -152,7 +152,7 @@ class Reduction:
     def _most_left(self, left: Sequence[Sequence[int]], shape: RowShape | None) -> int:
         """Maximum number of tokens of a tile or image that enter the decoder; for a static shape of any tile."""
         if shape is not None and isinstance(self.before, Tiles):
-            return self.left(self.before.tile_tokens)
+            return max(map(self.left, self.before.groups(max(shape.images, 1))))
         if shape is not None and shape.pictures is not None:
             return self.left(self.num_before(shape.images))
         return max(max(counts, default=1) for counts in left)

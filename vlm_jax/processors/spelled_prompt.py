@@ -125,9 +125,12 @@ class UnmarkedPrompt:
         targets: Targets = False,
         turns: Turns = "all",
         continuation: str = "",
+        grids: Sequence[Grid | None] = (),
+        durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. An answer at the end of a prompt lacks its end token."""
+        del grids, durations  # not written
         _refuse(messages, places, variables)
         weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]

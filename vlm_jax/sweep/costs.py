@@ -14,7 +14,7 @@ from vlm_jax.costs.flops import count_flops
 from vlm_jax.evals.vqa import tokens_by_span, tokens_left
 from vlm_jax.models.vlm import flat_images, flat_question
 from vlm_jax.system import Params
-from vlm_jax.types import Batch, Sample, Tree
+from vlm_jax.types import Batch, Sample, Tree, WholesAndTiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,9 @@ def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
     question = jax.eval_shape(flat_question, batch)
     visual = _count(model, "visual_tokens", params, (flat, batch.instruction, question))
     of_model: Any = model
-    encoder = _count(of_model.encoder, "__call__", {"params": shapes["encoder"]}, (flat,))
+    both = (flat.wholes, flat.tiles) if isinstance(flat, WholesAndTiles) else None
+    seen = [flat] if both is None else [jax.eval_shape(flat_images, part) for part in both]
+    encoder = sum(_count(of_model.encoder, "__call__", {"params": shapes["encoder"]}, (part,)) for part in seen)
     return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
 
 

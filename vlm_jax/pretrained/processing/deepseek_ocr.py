@@ -41,7 +41,8 @@ def processor(folder: Folder, config: Config) -> Processor:
     settings = with_defaults(processor_settings(folder), DEFAULTS, where)
     check_supported(settings, {"add_special_token": (False,), "patch_size": (PATCH_SIZE,)}, where)
     tokenizer = Tokenizer.from_folder(folder)
-    full = {**VISION_DEFAULTS, **config.get("vision_config", {})}["image_size"]
+    of_table = {"image_size": VISION_DEFAULTS["image_size"]}
+    full = with_defaults(config.get("vision_config", {}), of_table, "deepseek_ocr.vision_config")["image_size"]
     of_pixels = pixels({**COMMON, **settings, "do_normalize": settings["normalize"]})
     base, crop = settings["base_size"] or full, settings["image_size"] or int(CROP * full)
     options = {key: settings[key] for key in ("min_crops", "max_crops", "crop_threshold", "downsample_ratio")}
