@@ -161,7 +161,7 @@ def _join() -> None:
     if "loop" in config:
         seconds = max(seconds, math.ceil(1.2 * parse(LoopSettings, config.loop, path).watchdog))
     joined = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": max(300, seconds)}
+    timeouts: Any = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": max(300, seconds)}
     jax.distributed.initialize(*joined, **timeouts)
 
 

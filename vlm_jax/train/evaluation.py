@@ -183,7 +183,7 @@ class Evaluations:
         if step is not None:
             _log.warning(
                 "checkpoint %d is the best by %s of evaluations with other settings or data, which are not compared "
-                "with those to come; unless it is one of the newest, the next save deletes it: copy it to keep it",
+                "with those to come, so that the next save deletes it if it is not among the newest: copy it before",
                 step,
                 self._compare.number,
             )
