@@ -44,12 +44,18 @@ def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
     return int(found[1])
 
 
-def wait_for_beat(workdir: pathlib.Path, index: int, step: int, process: subprocess.Popen) -> None:
-    """Returns when a process has told the others that it is at a step, or later."""
-    path = workdir / "heartbeats" / f"{index}.json"
+def wait_for_beat(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Returns when the board says that all processes of a start are at a step, or later."""
+    path = workdir / "heartbeats" / "all.json"
 
     def is_there() -> bool:
         text = path.read_text() if path.exists() else ""
-        return text.endswith("}") and f"process id {process.pid} " in text and json.loads(text)["step"] >= step
+        if not text.endswith("}"):  # it is being written
+            return False
+        beats = {beat["process"]: beat for beat in json.loads(text)["beats"]}
+        return len(beats) == len(processes) and all(
+            f"process id {process.pid} " in beats[index]["place"] and beats[index]["step"] >= step
+            for index, process in enumerate(processes)
+        )
 
-    wait_for(is_there, process)
+    wait_for(is_there, processes[0])

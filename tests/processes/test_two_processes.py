@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.processes.conftest import ROOT, environment, wait_for_step
 from tests.processes.joined import finish, free_port, losses, lost, wait_for_beat
@@ -14,9 +15,21 @@ from tests.processes.two_processes import STEPS
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
 
 
-def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) -> subprocess.Popen:
+@pytest.fixture
+def begun():
+    """Processes that are killed after the test, however it ends."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def start(
+    workdir, devices: int, count: int = 1, index: int = 0, port: int = 0, more: tuple[str, ...] = ()
+) -> subprocess.Popen:
     words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=tests/processes/two_processes.py", *MESH]
-    words += [f"--workdir={workdir}", "--compilation_cache="]
+    words += [f"--workdir={workdir}", "--compilation_cache=", *more]
     if count > 1:
         words += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
         words += [f"--num_processes={count}", f"--process_id={index}"]
@@ -25,13 +38,16 @@ def start(workdir, devices: int, count: int = 1, index: int = 0, port: int = 0) 
     )
 
 
-def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(tmp_path):
-    finish([start(tmp_path / "one", 8)])
+def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(tmp_path, begun):
+    begun.append(start(tmp_path / "one", 8))
+    finish(begun)
     two = tmp_path / "two"
 
-    def started() -> list[subprocess.Popen]:
+    def started(*more: str) -> list[subprocess.Popen]:
         port = free_port()
-        return [start(two, 4, 2, index, port) for index in range(2)]
+        for index in range(2):
+            begun.append(start(two, 4, 2, index, port, more))
+        return begun[-2:]
 
     pair = started()
     wait_for_step(two, 3, pair[0])
@@ -39,8 +55,8 @@ def test_two_processes_stop_together_lose_one_go_on_and_give_the_losses_of_one(t
     finish(pair)
     done = len(losses(two))
     for other, sent in ((1, signal.SIGKILL), (0, signal.SIGSTOP)):  # process 0 coordinates
-        pair = started()
-        wait_for_beat(two, other, done + 2, pair[other])
+        pair = started("--config.loop.watchdog=8")
+        wait_for_beat(two, done + 2, pair)
         pair[other].send_signal(sent)
         assert done + 2 <= lost(pair[1 - other], pair[other], other) <= len(losses(two)) + 1
         pair[other].kill()

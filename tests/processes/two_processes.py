@@ -2,7 +2,7 @@
 
 from tests.train.conftest import tiny_config
 
-STEPS = 60
+STEPS = 120
 
 
 def get_config():
@@ -10,6 +10,6 @@ def get_config():
     with config.unlocked():
         del config.stages.seeing
         config.schedule = ("answering",)
-        config.loop.watchdog = 8.0
+        config.loop.watchdog = 60.0
     config.stages.answering.steps = STEPS
     return config

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from etils import epath
 
@@ -152,6 +153,16 @@ def test_paths_are_recorded_in_absolute_form(workdir, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     Claim(workdir, config | {"release": str(tmp_path / "released")} | {"data": found["data"]})
     assert recorded(workdir.parent / "hub", changed("release", "org/name"))["release"] == "org/name"
+
+
+def test_heartbeats_of_other_processes_stay_where_the_first_one_fails_early(workdir, monkeypatch):
+    for count, left in ((1, []), (2, ["heartbeats"])):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        with pytest.raises(KeyError), Claim(workdir, CONFIG).held():
+            (workdir / "heartbeats").mkdir()
+            (workdir / "checkpoints").mkdir()
+            raise KeyError
+        assert [path.name for path in (workdir.iterdir() if workdir.exists() else ())] == left
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0, "lo', b"[]", b"\xff\xfe"])

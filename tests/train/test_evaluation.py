@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -20,6 +21,7 @@ from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sharding.rules import placed
 from vlm_jax.train.best import Best
+from vlm_jax.train.evaluation import Evaluations
 from vlm_jax.train.loop import Interrupted, Trainer
 
 from ..advice import tried
@@ -187,6 +189,18 @@ def test_evaluations_are_compared_by_a_number_of_theirs():
     assert Best("loss").step([]) is None and Best().step(lines) is None
     with pytest.raises(ConfigError, match="step 2 has no number 'accuracy/vqa'; did you mean 'accuracy/vqa/"):
         Best("accuracy/vqa").step(lines)
+
+
+def test_a_best_checkpoint_that_other_settings_no_longer_keep_is_named(config, tmp_path, caplog):
+    with config.unlocked():
+        config.loop.keep_best = "score"
+    path, given = epath.Path(tmp_path), (config, 8, lambda step, lines: None, Best("score"))
+    lines = [{"step": step, "settings": {}, "score": score} for step, score in ((2, 0.9), (4, 0.5), (6, 0.7), (8, 0.8))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluations = Evaluations(Sums(), path, *given)
+    evaluations.start(6, [4, 6, 8])  # that of step 8 is removed with its steps
+    assert evaluations.best is None
+    assert "checkpoint 6 is the best by score of evaluations with other settings or data" in caplog.text
 
 
 def test_a_best_evaluation_needs_some_during_the_training(config, one_device, tmp_path):

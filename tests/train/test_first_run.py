@@ -9,9 +9,9 @@ from PIL import Image
 from configs import finetune, finetune_towers
 from tests.contracts import releases
 from vlm_jax.build import build
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, plain
 from vlm_jax.train import finetuning
-from vlm_jax.train.first_run import completed, is_incomplete
+from vlm_jax.train.first_run import as_before, completed, is_incomplete
 from vlm_jax.train.input import rows
 from vlm_jax.train.stages import parse_schedule
 
@@ -114,3 +114,13 @@ def test_the_configs_of_releases_leave_nothing_to_choose():
     (span,) = parse_schedule(config.schedule, config.stages)
     # Liu et al. 2023, table 9.
     assert (span.stage.batch_size, dict(span.stage.learning_rates)) == (128, {"connector": 2e-5, "decoder": 2e-5})
+
+
+def test_a_run_that_resumes_on_other_devices_keeps_its_sizes(folder):
+    meshes = [{"mesh.fsdp": fsdp, "mesh.tensor": 8 // fsdp} for fsdp in (8, 1)]
+    first, other = (plain(completed(config_of(folder, **mesh))[0]) for mesh in meshes)
+    assert [one["stages"]["instruction"]["batch_size"] for one in (first, other)] == [8, 1]
+    resumed = plain(completed(as_before(config_of(folder, **meshes[1]), first))[0])
+    assert {**resumed, "mesh": None} == {**first, "mesh": None} != {**other, "mesh": None}
+    given = config_of(folder, **meshes[1], **{"stages.instruction.batch_size": 4})
+    assert as_before(given, first).stages.instruction.batch_size == 4

@@ -1,6 +1,16 @@
 """Which process of a run counts as lost, and what is said of it."""
 
-from vlm_jax.train.watchdog import Beat, Judge
+import json
+
+import jax
+import pytest
+from etils import epath
+
+from vlm_jax.train import watchdog
+from vlm_jax.train.watchdog import Beat, Judge, Watchdog
+from vlm_jax.train.workdir import WorkdirError
+
+from ..advice import tried
 
 
 class Run:
@@ -77,3 +87,43 @@ def test_a_look_after_a_pause_of_its_own_begins_anew():
     run.judge.forget()
     assert run.after(5, silent=[2]) is None
     assert run.after(1, silent=[2]) is not None
+
+
+def test_a_process_that_takes_steps_has_lost_nobody():
+    run = Run()
+    for step in range(8, 20):
+        run.change(0, step=step)
+        run.change(1, step=step)  # 2 cannot reach the store, and steps with the others
+        assert run.after(1, silent=[2]) is None
+    assert run.after(4, silent=[2]) is None
+    assert run.after(1, silent=[2]).startswith("process 2 (place 2) has given no sign of life for 16 seconds")
+
+
+def test_a_process_that_is_long_at_what_may_take_any_time_is_told_of_once_in_every_limit():
+    run, said = Run(), []
+    run.change(0, step=9)
+    run.change(2, is_stepping=False)
+    for now in range(12):
+        said.append(run.judge.warnings(run.beats, run.beats[1], float(now)))
+    told = {now: lines for now, lines in enumerate(said) if lines}
+    assert sorted(told) == [5, 10]
+    assert told[10] == [
+        "process 2 (place 2) is not stepping since step 7 for 10 seconds (it compiles, saves, reads or evaluates), "
+        "while others are at step 9"
+    ]
+
+
+def test_processes_that_do_not_see_the_same_workdir_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(watchdog, "wait_for_all", lambda name: None)
+    monkeypatch.setattr(watchdog, "any_process", lambda flag: flag)
+    told = tried(
+        "heartbeat is not in {}, which all hosts must see; pass the same --workdir on all of them, in a shared"
+    )
+    of_first = Watchdog(epath.Path(tmp_path), 5.0)
+    with pytest.raises(WorkdirError, match=f"^process 1's {told}"), of_first.held():
+        pass
+    (tmp_path / "heartbeats" / "1.json").write_text(json.dumps(vars(Beat(1, "there"))))
+    with of_first.held():
+        board = json.loads((tmp_path / "heartbeats" / "all.json").read_text())
+    assert [beat["process"] for beat in board["beats"]] == [0, 1]

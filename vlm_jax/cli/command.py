@@ -154,11 +154,15 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
 
 
 def _join() -> None:
-    """Joins the other processes, of which JAX says that they are lost later than the watchdog of a run does."""
-    loop = parse(LoopSettings, CONFIG.value.loop, "config.loop") if "loop" in CONFIG.value else LoopSettings()
-    seconds = max(100, math.ceil(2 * loop.watchdog))
+    """Joins the other processes; JAX notices that one is lost later than the watchdog of a run does."""
+    path, config, seconds = "config.loop", CONFIG.value, 100
+    if "base" in config:  # a sweep
+        path, config = "config.base.loop", config.base
+    if "loop" in config:
+        seconds = max(seconds, math.ceil(1.2 * parse(LoopSettings, config.loop, path).watchdog))
     joined = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    jax.distributed.initialize(*joined, heartbeat_timeout_seconds=seconds)
+    timeouts: Any = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": max(300, seconds)}
+    jax.distributed.initialize(*joined, **timeouts)
 
 
 def opened(words: Sequence[str]) -> list[str]:

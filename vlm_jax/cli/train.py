@@ -13,15 +13,16 @@ from vlm_jax.build import AnyExperiment, build
 from vlm_jax.checkpoints.saving import check_vacant
 from vlm_jax.cli import command, numbers
 from vlm_jax.cli.progress import open_progress
-from vlm_jax.config import ConfigError, parse
+from vlm_jax.config import ConfigError, RunConfig, parse, read_json
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Positive
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train import finetuning
 from vlm_jax.train.check import check_config
-from vlm_jax.train.first_run import completed
+from vlm_jax.train.first_run import as_before, completed, is_incomplete
 from vlm_jax.train.loop import Trainer
+from vlm_jax.train.workdir import CONFIG_FILE
 
 RELEASE = flags.DEFINE_string(
     "release", None, "The released folder, or organisation/name on the Hugging Face hub, to fine-tune; config.release."
@@ -61,9 +62,22 @@ def configured() -> tuple[Any, dict[str, object]]:
     if config.release is None and command.config_path() == finetuning.__file__:
         raise ConfigError("--release: expected the released folder to fine-tune, or a --config, got neither")
     check_config(config, unset=True)
+    if is_incomplete(config):
+        config = _as_before(config)
     config, chosen = completed(config, epochs=EPOCHS.value)
     check_config(config)
     return config, chosen
+
+
+def _as_before(config: RunConfig) -> RunConfig:
+    """As `first_run.as_before`, by the file of a run that resumes."""
+    path = command.workdir() / CONFIG_FILE
+    if not path.exists():
+        return config
+    try:
+        return as_before(config, read_json(path, ConfigError))
+    except ConfigError:  # a file that is damaged; `Claim` says so
+        return config
 
 
 def flag_of(path: str) -> str:

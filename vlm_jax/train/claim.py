@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 
+import jax
 from etils import epath
 
 from vlm_jax.checkpoints.orbax import CHECKPOINTS
@@ -26,7 +27,9 @@ EARLY = (LOCK_FILE, HEARTBEATS, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WA
 # Keys that change no number of the steps already taken, as patterns of paths; all others are those of the first start.
 FREE = (
     "config.loop.*",
-    "config.mesh.*",  # but for rounding
+    # But for rounding; and with `accumulate` above 1, a microbatch has rows of every shard, so that another number of
+    # shards composes it otherwise: dropout of LoRA and a balance loss over a batch then differ.
+    "config.mesh.*",
     "config.evaluation.*",
     "config.data.evaluation_*",
     "config.data.max_checked",
@@ -45,6 +48,8 @@ _log = logging.getLogger(__name__)
 
 class Claim:
     """Use of a run's folder by one process, a context; nothing of a start that fails before `record` stays.
+
+    Only heartbeats do where there are other processes, which learn from them that this one has failed.
 
     A local folder is locked by `flock` on a file in it, which ends with the process, however it ends. A bucket has no
     locks: there the newest process has the folder, and an older one that still runs is stopped by `confirm` at its next
@@ -92,7 +97,8 @@ class Claim:
                     yield self
                 finally:
                     if not self._path.exists():
-                        _remove([self.workdir / name for name in EARLY if name not in before and name != LOCK_FILE])
+                        kept = {LOCK_FILE} | ({HEARTBEATS} if jax.process_count() > 1 else set())
+                        _remove([self.workdir / name for name in EARLY if name not in before | kept])
         finally:
             for folder in made:
                 if folder.exists() and not any(folder.iterdir()):

@@ -1,6 +1,7 @@
 """Evaluations of a run on the way and at its end, whose answers are kept."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
@@ -17,6 +18,8 @@ from vlm_jax.types import Fields, Params
 ANSWERS, METRICS_FILE, FINAL_FILE = "evaluations", "evaluations.jsonl", "evaluation.json"
 
 NO_COMPARISON = Best()
+
+_log = logging.getLogger(__name__)
 
 Record = Callable[[int, Fields], None]  # (step, metrics)
 Tell = Callable[[int, list[str]], None]  # (step, lines for people)
@@ -80,7 +83,9 @@ class Evaluations:
         lines = self._lines() if is_primary() else []
         if any(line["step"] > step for line in lines):
             write_lines(self._workdir / METRICS_FILE, [line for line in lines if line["step"] <= step])
+        kept = set(kept)
         self._find_best(kept)
+        self._warn_of_others([line for line in lines if line["step"] in kept and line["step"] <= step])
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation of a step."""
@@ -167,6 +172,21 @@ class Evaluations:
         if any_process(failure is not None):
             raise failure or ConfigError("config.loop.keep_best: the first process names what is wrong")
         self.best = int(sum_over_processes(np.asarray(found or 0))) or None
+
+    def _warn_of_others(self, lines: list[Fields]) -> None:
+        """Says which checkpoint was kept as the best of evaluations with other settings, and is no more."""
+        others = [line for line in lines if not self._is_ours(line)]
+        try:
+            step = self._compare.step(others)
+        except ConfigError:  # they have no such number, so that none was kept by it
+            return
+        if step is not None:
+            _log.warning(
+                "checkpoint %d is the best by %s of evaluations with other settings or data, which are not compared "
+                "with those to come, so that the next save deletes it if it is not among the newest: copy it before",
+                step,
+                self._compare.number,
+            )
 
     def _is_ours(self, line: Fields) -> bool:
         return line["settings"] == self._settings

@@ -14,6 +14,7 @@ from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.conversations import ConversationSource, Records
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.step import num_shards
+from vlm_jax.types import Fields
 
 MEASURED = 4000  # records whose sizes are read, evenly spread
 MULTIPLE = 64  # of a row's positions
@@ -74,7 +75,8 @@ class Choice:
 def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunConfig, dict[str, object]]:
     """A config of a release with all keys, and those that were chosen, by path.
 
-    The same release, data and devices give the same values, so that the same command resumes a run.
+    The same release, data and devices give the same values, so that the same command resumes a run; on other devices
+    after `as_before`.
 
     Args:
       config: of `finetuning.get_config`, or with the same keys; values that are given stay.
@@ -104,6 +106,25 @@ def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunCon
     _choose_rates(choose, label, rate)
     _choose_remat(choose, experiment)
     return choose.config, choose.chosen
+
+
+def as_before(config: RunConfig, before: Fields) -> RunConfig:
+    """A config whose keys that `completed` chooses by the devices are those of the run's last start where it is None.
+
+    Args:
+      config: as of `completed`.
+      before: of the last start, in the run's folder.
+    """
+    if not is_incomplete(config):
+        return config
+    choose, stage = Choice(config), f"stages.{config.schedule[0]}"
+    for path in ("dtype", "param_dtype", "evaluation.batch_size", f"{stage}.batch_size", f"{stage}.accumulate"):
+        value: Any = before
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            choose(path, value)
+    return choose.config
 
 
 def _choose_rates(choose: Choice, label: str, rate: float) -> None:

@@ -186,7 +186,7 @@ class Trainer:
           WorkdirInUse: another process runs in the workdir.
           WorkdirError: a file of the workdir cannot be read or written.
         """
-        with self._claim.held(), self._watchdog.held(Interrupted):
+        with self._claim.held(), self._watchdog.held(Interrupted, Diverged):
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
             with contextlib.ExitStack() as stack:
                 stack.callback(signal.signal, signal.SIGTERM, previous)
@@ -194,6 +194,7 @@ class Trainer:
                 stack.callback(self._profiler.close)
                 resumed = checkpoints.newest(lambda step: self._abstract_state(span_at(self._spans, step)))
                 step = 0 if resumed is None else resumed.step
+                self._watchdog.pause(step)
                 log = RunLog(self.workdir, self._config, step, self._settings.writers)
                 stack.callback(log.close)
                 return self._run(resumed, checkpoints, log)

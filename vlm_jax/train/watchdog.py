@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from etils import epath
 
-from vlm_jax.sharding.processes import wait_for_all
+from vlm_jax.sharding.processes import any_process, wait_for_all
+from vlm_jax.train.workdir import WorkdirError
 from vlm_jax.types import Fields
 
 HEARTBEATS, BOARD = "heartbeats", "all.json"  # folder of a workdir, and the file of all processes in it
@@ -65,17 +66,20 @@ class Judge:
 
     Args:
       mine: index of this process.
-      limit: seconds without a new beat, or without a step that others have started, after which one is lost.
+      limit: seconds without a new beat, or without a step that others have started, after which one is lost if this
+        process has started no step for as long either.
     """
 
     def __init__(self, mine: int, limit: float):
         self._mine, self._limit = mine, limit
         self._beaten: dict[int, tuple[int, float]] = {}  # count, and when it was new
         self._moved: dict[int, tuple[int, float]] = {}  # step, and when the process was first seen to be held up at it
+        self._rested: dict[int, tuple[int, float, int]] = {}  # the same of one that is not stepping, and times told
+        self._own: tuple[int, float] | None = None  # step of this process, and when it was new
 
     def forget(self) -> None:
         """Begins anew, where this process itself could not look."""
-        self._beaten, self._moved = {}, {}
+        self._beaten, self._moved, self._rested, self._own = {}, {}, {}, None
 
     def verdict(self, beats: Mapping[int, Beat], own: Beat, now: float) -> str | None:
         """What is said of the lost processes, or None.
@@ -86,6 +90,9 @@ class Judge:
           now: seconds of a clock that never goes back.
         """
         ahead = max([own.step, *(beat.step for beat in beats.values())])
+        if self._own is None or self._own[0] != own.step:
+            self._own = own.step, now
+        stalled = now - self._own[1]  # a run that goes on has lost nobody, whatever its files say
         found = {}
         for index, beat in beats.items():
             if index == self._mine or beat.ended == "":
@@ -99,16 +106,39 @@ class Judge:
                 self._moved[index] = beat.step, now
             silent = now - self._beaten[index][1]
             late = now - self._moved[index][1] if behind else 0.0
-            if beat.ended is not None and silent >= self._limit:
+            if beat.ended is not None and min(silent, stalled) >= self._limit:
                 found[index] = f"ended at step {beat.step}: {beat.ended}"
-            elif silent >= self._limit:
+            elif min(silent, stalled) >= self._limit:
                 found[index] = f"has given no sign of life for {silent:.0f} seconds, and was at step {beat.step} then"
-            elif late >= self._limit:
+            elif min(late, stalled) >= self._limit:
                 found[index] = f"has been at step {beat.step} for {late:.0f} seconds, while others are at step {ahead}"
         if 0 in found:  # what is known of the others came through it
             found = {0: found[0]}
         said = [f"process {index} ({beats[index].place}) {text}" for index, text in sorted(found.items())]
         return "; ".join(said) or None
+
+    def warnings(self, beats: Mapping[int, Beat], own: Beat, now: float) -> list[str]:
+        """What is said, once in every `limit`, of other processes that are long at what may take any time.
+
+        Args:
+          beats, own, now: as of `verdict`.
+        """
+        ahead, said = max([own.step, *(beat.step for beat in beats.values())]), []
+        for index, beat in sorted(beats.items()):
+            if index == self._mine or beat.is_stepping or beat.step >= ahead or beat.ended is not None:
+                self._rested.pop(index, None)
+                continue
+            step, since, told = self._rested.get(index, (None, now, 0))
+            if step != beat.step:
+                since, told = now, 0
+            if now - since >= (told + 1) * self._limit:
+                told = int((now - since) / self._limit)
+                said.append(
+                    f"process {index} ({beat.place}) is not stepping since step {beat.step} for {now - since:.0f} "
+                    f"seconds (it compiles, saves, reads or evaluates), while others are at step {ahead}"
+                )
+            self._rested[index] = beat.step, since, told
+        return said
 
 
 class Watchdog:
@@ -131,9 +161,14 @@ class Watchdog:
         """A step is started; from here on this process must go on with the others."""
         self._beat = dataclasses.replace(self._beat, step=step, is_stepping=True)
 
-    def pause(self) -> None:
-        """What follows is not a step, and may take any time: a compilation, a checkpoint, an evaluation."""
-        self._beat = dataclasses.replace(self._beat, is_stepping=False)
+    def pause(self, step: int | None = None) -> None:
+        """What follows is not a step, and may take any time: a compilation, a checkpoint, an evaluation.
+
+        Args:
+          step: the last one, where it was taken by an earlier start of the run; None for that of `at`.
+        """
+        step = self._beat.step if step is None else step
+        self._beat = dataclasses.replace(self._beat, step=step, is_stepping=False)
 
     @contextlib.contextmanager
     def held(self, *fine: type[BaseException]) -> Iterator[None]:
@@ -141,17 +176,16 @@ class Watchdog:
 
         Args:
           fine: exceptions by which a process may end alone.
+
+        Raises:
+          WorkdirError: the processes do not see the same workdir; in all of them.
         """
         if not self._is_on:
             yield
             return
         self._closed.clear()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-        wait_for_all("heartbeats are written")
-        if self._beat.process == 0:
-            self._post(self._read_all(), None)
-        wait_for_all("heartbeats are joined")
+        self._meet()
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -166,6 +200,34 @@ class Watchdog:
             raise
         else:
             self._close(thread, "")
+
+    def _meet(self) -> None:
+        """Writes the first beats and the first board; all processes call this alike."""
+        failure: WorkdirError | None = None
+        self._write()
+        wait_for_all("heartbeats are written")
+        if self._beat.process == 0:
+            missing = [index for index in range(jax.process_count()) if not self._path(index).exists()]
+            if missing:
+                failure = self._apart(missing[0])
+            else:
+                self._post(self._read_all(), None)
+        wait_for_all("heartbeats are joined")
+        if self._beat.process > 0:
+            try:
+                self._read_board()
+            except FileNotFoundError:
+                failure = self._apart(0)
+        if any_process(failure is not None):
+            raise failure or self._apart(None)
+
+    def _apart(self, index: int | None) -> WorkdirError:
+        """The error of processes that do not see the same folder."""
+        whose = "another process's" if index is None else f"process {index}'s"
+        return WorkdirError(
+            f"{whose} heartbeat is not in {self._folder}, which all hosts must see; pass the same --workdir on all of "
+            "them, in a shared file system or a bucket"
+        )
 
     def _close(self, thread: threading.Thread, ended: str) -> None:
         self._closed.set()
@@ -210,11 +272,11 @@ class Watchdog:
         if own.process == 0:
             self._post(self._read_all(), None)
         else:
-            board = _parsed(self._folder / BOARD)
-            if board is not None:
-                self._known, lost = {one["process"]: Beat(**one) for one in board["beats"]}, board["lost"]
-            if self._known[0].ended == "":  # the board says no more
+            lost, first = self._read_board(), self._known.get(0)
+            if first is not None and first.ended == "":  # the board says no more
                 return None
+        for line in judge.warnings(self._known, own, now):
+            _log.warning("%s", line)
         return lost or judge.verdict(self._known, own, now)
 
     def _message(self, lost: str) -> str:
@@ -228,16 +290,27 @@ class Watchdog:
         """Writes the next beat; in place, since network file systems remember names longer than contents."""
         self._count += 1
         beat = dataclasses.replace(self._beat, count=self._count, ended=ended)
-        (self._folder / f"{beat.process}.json").write_text(json.dumps(dataclasses.asdict(beat)))
+        self._path(beat.process).write_text(json.dumps(dataclasses.asdict(beat)))
         return beat
 
     def _read_all(self) -> Mapping[int, Beat]:
         """Beats of all processes."""
-        paths = [self._folder / f"{index}.json" for index in range(jax.process_count())]
+        paths = map(self._path, range(jax.process_count()))
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(_parsed, paths))
         self._known |= {index: Beat(**one) for index, one in enumerate(found) if one is not None}
         return self._known
+
+    def _read_board(self) -> str | None:
+        """Reads the beats on the board; returns the first process's verdict."""
+        board = _parsed(self._folder / BOARD)
+        if board is None:
+            return None
+        self._known = {one["process"]: Beat(**one) for one in board["beats"]}
+        return board["lost"]
+
+    def _path(self, index: int) -> epath.Path:
+        return self._folder / f"{index}.json"
 
     def _post(self, beats: Mapping[int, Beat], lost: str | None) -> None:
         text = json.dumps({"lost": lost, "beats": [dataclasses.asdict(beat) for beat in beats.values()]})
