@@ -72,7 +72,7 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
 OF_OUR_CONFIGS = {
     *("connector", "decoder", "encoder", "init_from", "kind", "learning_rates", "positions", "processor", "reducer"),
     *("release", "stages", "token_budget", "out_dim", "stem_layers", "width_factor", "patches", "classifier"),
-    "classifier.weight",
+    *("classifier.weight", "rule"),
 }
 CHECKED_THERE = {
     *("base_model_name_or_path", "load_in_4bit", "load_in_8bit", "quant_algo", "quant_method", "llava", "variant"),
