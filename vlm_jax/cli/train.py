@@ -20,7 +20,7 @@ from vlm_jax.ranges import Positive
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train import finetuning
 from vlm_jax.train.check import check_config
-from vlm_jax.train.first_run import as_before, completed, is_incomplete
+from vlm_jax.train.first_run import as_before, completed
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.workdir import CONFIG_FILE
 
@@ -62,9 +62,7 @@ def configured() -> tuple[Any, dict[str, object]]:
     if config.release is None and command.config_path() == finetuning.__file__:
         raise ConfigError("--release: expected the released folder to fine-tune, or a --config, got neither")
     check_config(config, unset=True)
-    if is_incomplete(config):
-        config = _as_before(config)
-    config, chosen = completed(config, epochs=EPOCHS.value)
+    config, chosen = completed(_as_before(config), epochs=EPOCHS.value)
     check_config(config)
     return config, chosen
 
