@@ -215,11 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the table, and writes `prefill.json` and `prefill.md` into --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int)
     parser.add_argument("--tiny", action="store_true", help="a few parameters, to try the command")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     budgets = args.budgets or (TINY_BUDGETS if args.tiny else BUDGETS)
     with tempfile.TemporaryDirectory() as folder:
         model = release_of(pathlib.Path(folder), args.tiny)

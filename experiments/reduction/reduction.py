@@ -216,7 +216,7 @@ def retained(
 ) -> Row:
     """Per cent of the unreduced scores: `retained` with the mean over benchmarks and its interval, and `benchmarks`.
 
-    Benchmarks of which the unreduced release gets nothing right are left out; None where these are all.
+    A benchmark on which the unreduced release scores 0 is left out; without any other, `retained` is None.
     """
     shares = {name: _ratio(100 * ours[name], whole[name]) for name in whole if whole[name][0] > 0}
     if not shares:

@@ -258,7 +258,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     if isinstance(views, MosaicViews):
-        views = dataclasses.replace(views, modes=())  # of which the reducer's tokens are not those of one
+        views = dataclasses.replace(views, modes=())  # the reducer's number of tokens is that of no mode
         keeps = section.get("positions") == "keep" and reducer_class.reduces_in != "decoder"
         if views.mosaic is not None and keeps:
             raise ConfigError(

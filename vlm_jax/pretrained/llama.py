@@ -225,7 +225,7 @@ def qwen3(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **
 
 
 def qwen3_moe(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
-    """Qwen3 with experts in every layer, of which the released files have separate tensors."""
+    """Qwen3 with experts in every layer; the released files have tensors of each expert."""
     return llama(config, checkpoint, where, defaults=QWEN3_MOE_DEFAULTS, qk_norm=True, separate=True, **more)
 
 

@@ -67,7 +67,7 @@ def seen(model, images: list[Patches]) -> dict[str, np.ndarray]:
 
 
 def num_first(images: list[Patches], merge_size: int, count: int) -> int:
-    """How many of the first images have `count` tokens, for a prompt of which the manifest names no image."""
+    """How many of the first images have `count` tokens together, where the manifest names no image of a prompt."""
     ends = np.cumsum([0, *(len(image.patches) // merge_size**2 for image in images)])
     (found,) = np.flatnonzero(ends == count)
     return int(found)
