@@ -93,7 +93,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={
         "vlm_jax.demo": ["page.css"],
-        "vlm_jax.pretrained": ["released/*.json"],
+        "vlm_jax.pretrained": ["released/*/*.json"],
         "vlm_jax.sweep": ["report.html", "report.css", "report.js"],
     },
     install_requires=CORE,

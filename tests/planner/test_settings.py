@@ -73,8 +73,6 @@ def test_two_towers_have_their_own_inputs():
 def test_what_cannot_be_planned_is_named():
     with pytest.raises(ConfigError, match=r"did you mean 'Qwen/Qwen2\.5-VL-7B-Instruct'"):
         planned(of_release("Qwen/Qwen2.5-VL-7B-Instrct"), 4)
-    with pytest.raises(PretrainedError, match="pass the folder"):
-        known_system("deepseek-ai/deepseek-vl-7b-base", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     with pytest.raises(
         PretrainedError, match=tried("{facebook/sam-vit-base}: a {} by itself is not trained; name a whole system")
     ):

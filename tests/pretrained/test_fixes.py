@@ -18,7 +18,6 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.types import ImageTextBatch
 
@@ -123,14 +122,6 @@ def test_a_pooling_connector_takes_a_reducer_before_the_encoder(system):
     with pytest.raises(ConfigError, match=told):
         with_budget(pooled, 4, reducer="random", path="release")
     assert with_budget(pooled, 4, **SMALLER, path="release").processor.views.tile_tokens == 4
-
-
-def test_a_system_with_files_of_its_own_is_planned_by_its_folder(system):
-    name, dtypes = "deepseek-ai/deepseek-vl-7b-base", {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    told = tried("pass the folder")
-    with pytest.raises(PretrainedError, match=rf"the size of images for Hybrid is in files .*; {told}$"):
-        known_system(name, **dtypes)
-    assert system("deepseek_vl_hybrid").processor.views.tile_tokens == 16  # as its processor_config.json says
 
 
 def test_a_tower_without_a_head_gives_features():

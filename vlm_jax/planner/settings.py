@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax import axes
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import AnyExperiment, Experiment, build, of_system
 from vlm_jax.build.sections import check_model
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean
@@ -22,7 +23,8 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.known import known_configs
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.pretrained.loader import DTYPES, open_system
-from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.mosaic import MosaicViews
+from vlm_jax.processors.views import Views
 from vlm_jax.sharding.mesh import MeshSettings
 from vlm_jax.system import System
 from vlm_jax.train.first_run import Choice
@@ -31,6 +33,9 @@ from vlm_jax.types import Fields
 LENGTH = 2048  # positions of a row, where none is given
 VISUAL_SHARE = 4  # at most one of so many positions is a visual token, where no budget is given
 PROVISIONAL = 1 << 16
+# (height, width) of pictures in pixels, of several shapes: one of the most tokens, and of the fewest, is among them.
+LARGE = tuple((side, 4096) for side in (1024, 1365, 2048, 2731, 3072, 4096))
+SMALL = ((32, 32), (32, 64), (64, 32))
 STEPS, WARMUP = 1000, 30  # of a stage; no shape depends on them
 
 
@@ -57,7 +62,10 @@ def planned(config: RunConfig, num_devices: int, *, pictures: int = 1) -> tuple[
             choose(f"{part}.remat", "full")
         if "images" in own.row and own.row.images is None:
             own.row.images = PROVISIONAL
-            own.row.images = _images(of_system(own, system), own, pictures)
+            experiment = of_system(own, system)
+            if isinstance(experiment, Experiment) and isinstance(experiment.system.processor.views, MosaicViews):
+                choose("row.pictures", pictures)  # wholes are padded apart from tiles
+            own.row.images = _images(experiment, own, pictures)
     return own, of_system(own, system)
 
 
@@ -144,18 +152,22 @@ def _is_elsewhere(name: str) -> bool:
 
 
 def _images(experiment: AnyExperiment, config: RunConfig, pictures: int) -> int:
-    """Tiles, or places of patches, for so many pictures of a row."""
+    """Tiles, or places of patches, for so many large pictures of a row."""
     assert isinstance(experiment, Experiment)
     views = experiment.system.processor.views
-    if not isinstance(views, NativeViews):
-        return pictures
-    unit = views.format.block_size
-    room = max(1, config.row.length // VISUAL_SHARE // pictures)
-    blocks = views.max_pixels // unit**2
     if config.token_budget is None:
-        blocks = min(blocks, room // views.block_tokens)
-    side = max(1, math.isqrt(blocks))
-    return pictures * views.loads([(side * unit, max(1, blocks // side) * unit)])[0]
+        views = _bounded(views, config.row.length // VISUAL_SHARE // pictures)
+    tokens = [len(layout) for layout in views.layouts(LARGE)]
+    return pictures * min(load for load, count in zip(views.loads(LARGE), tokens, strict=True) if count == max(tokens))
+
+
+def _bounded(views: Views, room: int) -> Views:
+    """The views with at most `room` tokens of an image, or as few as an image takes."""
+    try:
+        return views.within(room)
+    except InfeasibleBudget:
+        least = min(len(layout) for layout in views.layouts(SMALL))
+        return views.within(least)
 
 
 def details(config: RunConfig, experiment: AnyExperiment) -> Fields:

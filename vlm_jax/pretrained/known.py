@@ -1,11 +1,11 @@
 """Included released configs, for describing and planning a system without its weights.
 
-`released/<organisation>--<name>.json` has the settings that a family reads from the `config.json` of a repository on
-the Hugging Face hub.
+`released/<organisation>--<name>` has the settings that a family reads from the `config.json` of a repository on the
+Hugging Face hub, and from the files of its image processor, where these state more than the defaults of their class.
 """
 
 import json
-from importlib import resources
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,8 @@ from vlm_jax.pretrained.family import Description, PretrainedError, marker
 from vlm_jax.pretrained.loader import choose_family
 from vlm_jax.types import Config, Dtype, Fields
 
-_FOLDER = resources.files("vlm_jax.pretrained") / "released"
-_SEPARATOR, _SUFFIX = "--", ".json"
+_FOLDER = pathlib.Path(__file__).parent / "released"
+_SEPARATOR = "--"
 
 _IDEFICS3 = (
     "model.vision_model.embeddings.patch_embedding.weight",
@@ -55,8 +55,14 @@ _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
 
 def known_configs() -> tuple[str, ...]:
     """Names on the Hugging Face hub, `organisation/name`, in alphabetical order."""
-    files = (file.name for file in _FOLDER.iterdir() if file.name.endswith(_SUFFIX))
-    return tuple(sorted(name.removesuffix(_SUFFIX).replace(_SEPARATOR, "/", 1) for name in files))
+    return tuple(sorted(folder.name.replace(_SEPARATOR, "/", 1) for folder in _FOLDER.iterdir()))
+
+
+def known_folder(name: str) -> pathlib.Path:
+    """The folder with the included files of one of `known_configs`; raises as `known_config`."""
+    if name not in known_configs():
+        raise PretrainedError(f"no config of '{name}' is included{did_you_mean(name, known_configs())}")
+    return _FOLDER / name.replace("/", _SEPARATOR, 1)
 
 
 def known_config(name: str) -> Fields:
@@ -68,9 +74,7 @@ def known_config(name: str) -> Fields:
     Raises:
       PretrainedError: no config of that name is included; the message suggests the nearest one.
     """
-    if name not in known_configs():
-        raise PretrainedError(f"no config of '{name}' is included{did_you_mean(name, known_configs())}")
-    return json.loads((_FOLDER / (name.replace("/", _SEPARATOR, 1) + _SUFFIX)).read_text(encoding="utf-8"))
+    return json.loads((known_folder(name) / "config.json").read_text(encoding="utf-8"))
 
 
 def describe_known(name: str, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> Description:

@@ -9,33 +9,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from vlm_jax.decoders.text_tower import TextTower
-from vlm_jax.encoders.cascade import Cascade
-from vlm_jax.encoders.encoder import PackedEncoder
-from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import PretrainedError, text_section
-from vlm_jax.pretrained.known import describe_known, known_config
+from vlm_jax.pretrained.known import describe_known, known_config, known_folder
+from vlm_jax.pretrained.processing import read_views
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
-from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Processor
-from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.views import Views
 from vlm_jax.system import System
 from vlm_jax.types import Config, Dtype, Tree
 
-# Of a packed image where no token budget bounds it; the most that the processors of Qwen2.5-VL and Ovis 2.5 allow.
-MAX_PIXELS = 16384 * 28 * 28
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
 
 
@@ -48,7 +39,7 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
       param_dtype: of the stored parameters.
 
     Raises:
-      PretrainedError: no such config, or a model whose images this cannot describe without the folder.
+      PretrainedError: no such config, or one of a tower alone.
     """
     described, config = describe_known(name, dtype=dtype, param_dtype=param_dtype), known_config(name)
     model = described.module
@@ -59,7 +50,8 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
     if not isinstance(model, TwoTower | Classifier):
         raise PretrainedError(f"{name}: a {type(model).__name__} by itself is not trained; name a whole system")
     tower: Any = model.image if isinstance(model, TwoTower) else model.encoder
-    views = SquareViews(PIXELS, _size(name, tower))
+    assert isinstance(tower, ViT) and tower.image_size is not None, name
+    views = SquareViews(PIXELS, tower.image_size)
     inputs: tuple[Tree, ...] = (jax.ShapeDtypeStruct((1, *views.size, 3), jnp.float32),)
     texts = None
     if isinstance(model, TwoTower):
@@ -75,32 +67,9 @@ def _conversations(name: str, model: VLM, config: Config) -> Processor:
     tokenizer = digits_tokenizer()
     sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
     rotary_3d = "mrope_section" in sections
-    views = _views(name, model, rotary_3d)
+    views = read_views(known_folder(name), config, model)
     learned = model.num_learned_rows
     return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, num_learned=learned, rotary_3d=rotary_3d)
-
-
-def _views(name: str, model: VLM, rotary_3d: bool) -> Views:
-    encoder, connector = model.encoder, model.connector
-    if encoder is None or connector is None:
-        raise PretrainedError(f"{name}: has no encoder to plan with")
-    if isinstance(encoder, PackedEncoder):
-        form = encoder.patch_format
-        tokens = connector.num_tokens(encoder.grid(form.block_size, form.block_size))
-        least = form.block_size**2
-        return NativeViews(PIXELS, form, qwen_size, least, MAX_PIXELS, tokens, rotary_3d=rotary_3d)
-    size = _size(name, encoder)
-    return SquareViews(PIXELS, size, connector.num_tokens(encoder.grid(*size)))
-
-
-def _size(name: str, tower: nn.Module | Any) -> Size:
-    if isinstance(tower, Cascade):
-        tower = tower.first
-    if not isinstance(tower, ViT | SAM) or tower.image_size is None:
-        raise PretrainedError(
-            f"{name}: the size of images for {type(tower).__name__} is in files that are not included; pass the folder"
-        )
-    return tower.image_size
 
 
 def _same(value: Any) -> Any:

@@ -41,7 +41,7 @@ from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import NoViews, Tiles
+from vlm_jax.processors.views import NoViews, Tiles, Views
 from vlm_jax.types import Config
 
 
@@ -50,6 +50,12 @@ class MakesProcessor(Protocol):
     """Makes the processor of a system with conversations."""
 
     def __call__(self, folder: Folder, config: Config, /) -> Processor: ...
+
+
+class MakesViews(Protocol):
+    """Makes the views of a system with conversations, without its tokenizer and template."""
+
+    def __call__(self, folder: Folder, config: Config, /) -> Views: ...
 
 
 @runtime_checkable
@@ -101,7 +107,31 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "qwen3_vl_text": text.processor,
     "smolvlm": idefics3.processor_smolvlm,
 }
-# The same for two-tower models and classifiers, which have no conversations.
+# The same for the views of included configs; both formats of a model type as above.
+_VIEWS: Mapping[str, MakesViews] = {
+    "deepseek_ocr": deepseek_ocr.views,
+    "deepseek_vl": deepseek_hf.views,
+    "deepseek_vl_hybrid": deepseek_hf.views_hybrid,
+    "deepseek_vl_v2": deepseek.views2,
+    "idefics3": idefics3.views,
+    "internvl": internvl_hf.views,
+    "internvl_chat": internvl.views,
+    "llava": llava_hf.views,
+    "llava_next": llava_hf.views_next,
+    "llavaonevision1_5": qwen_hf.views_of_frames,
+    "mobilevlm": llava.views,
+    "multi_modality": deepseek.views,
+    "ovis": ovis.views2,
+    "ovis2": ovis2_hf.views,
+    "ovis2_5": ovis.views2_5,
+    "qwen": qwen.views,
+    "qwen2_vl": qwen_hf.views,
+    "qwen2_5_vl": qwen_hf.views,
+    "qwen3_vl": qwen_hf.views3,
+    "qwen3_vl_moe": qwen_hf.views3,
+    "smolvlm": idefics3.views_smolvlm,
+}
+# The processors of two-tower models and classifiers, which have no conversations.
 _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
@@ -170,9 +200,34 @@ def read_processor(
     return processor
 
 
+def read_views(folder: Path, config: Config, model: VLM) -> Views:
+    """The views of a system with conversations, without its tokenizer and template.
+
+    Args:
+      folder: with the files of the image processor, where it has any; it need not exist.
+      config: the released settings.
+      model: of the same release.
+
+    Raises:
+      PretrainedError: the files have unsupported settings, or do not fit the model.
+    """
+    views = _VIEWS[marker(config)](folder, config)
+    check_views(views, model)
+    return views
+
+
 def check_conversations(processor: Processor, model: VLM) -> None:
+    """Raises unless `check_views` passes and both have the same number of learned rows."""
+    check_views(processor.views, model)
+    if model.decoder is not None and model.num_learned_rows != processor.num_learned:
+        raise PretrainedError(
+            f"the processor has {processor.num_learned} learned rows, but the model {model.num_learned_rows}"
+        )
+
+
+def check_views(views: Views, model: VLM) -> None:
     """Raises unless the reserved positions equal the model's visual tokens, and patch formats are equal."""
-    views, encoder, connector = processor.views, model.encoder, model.connector
+    encoder, connector = model.encoder, model.connector
     if isinstance(views, NoViews) or encoder is None or connector is None:
         return
     if isinstance(views, NativeViews):
@@ -197,10 +252,6 @@ def check_conversations(processor: Processor, model: VLM) -> None:
                 f"a tile of {mosaic.side}x{mosaic.side} pixels has {mosaic.tokens} tokens by the processor's files, "
                 f"but {found} in the model"
             )
-    if model.decoder is not None and model.num_learned_rows != processor.num_learned:
-        raise PretrainedError(
-            f"the processor has {processor.num_learned} learned rows, but the model {model.num_learned_rows}"
-        )
 
 
 def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:

@@ -53,16 +53,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     where = f"{folder}: processor_config.json"
     own = with_defaults(processor_settings(folder), PROCESSOR_DEFAULTS, where)
     check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
-    settings = with_defaults(image_settings(folder, IMAGE_DEFAULTS), {"image_size": REQUIRED}, f"{folder}: images")
     tokenizer = Tokenizer.from_folder(folder)
-    views = SquareViews(
-        pixels(settings),
-        (settings["image_size"], settings["image_size"]),
-        own["num_image_tokens"],
-        "shrink",
-        background=tuple(settings.get("background_color") or mean_colour(settings)),
-        min_size=settings["min_size"],
-    )
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, DEEPSEEK, own_first=False),
         tokenizer,
@@ -70,7 +61,23 @@ def processor(folder: Folder, config: Config) -> Processor:
         tokens={"image": own["image_tag"]},
         joined="",
     )
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), end_tokens=end_of_text(tokenizer))
+    pad, ends = pad_id(tokenizer, config), end_of_text(tokenizer)
+    return Processor(prompt, views(folder, config), tokenizer, pad, end_tokens=ends)
+
+
+def views(folder: Folder, config: Config) -> SquareViews:
+    """DeepSeek-VL's views."""
+    del config
+    own = with_defaults(processor_settings(folder), PROCESSOR_DEFAULTS, f"{folder}: processor_config.json")
+    settings = with_defaults(image_settings(folder, IMAGE_DEFAULTS), {"image_size": REQUIRED}, f"{folder}: images")
+    return SquareViews(
+        pixels(settings),
+        (settings["image_size"], settings["image_size"]),
+        own["num_image_tokens"],
+        "shrink",
+        background=tuple(settings.get("background_color") or mean_colour(settings)),
+        min_size=settings["min_size"],
+    )
 
 
 def processor2(folder: Folder, config: Config) -> Processor:
@@ -79,21 +86,31 @@ def processor2(folder: Folder, config: Config) -> Processor:
     own = with_defaults(processor_settings(folder), DEFAULTS2, where)
     check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
     tokenizer = Tokenizer.from_folder(folder)
+    prompt, pad = DeepSeekVL2Prompt(tokenizer, own["image_token"]), tokenizer.id_of(own["pad_token"])
+    ends = end_of_text(tokenizer)
+    return Processor(prompt, views2(folder, config), tokenizer, pad, num_learned=2, end_tokens=ends)
+
+
+def views2(folder: Folder, config: Config) -> DeepSeekVL2Views:
+    """DeepSeek-VL2's views: tiles of a canvas, and the whole.
+
+    Raises:
+      PretrainedError: the processor's settings differ from the model's.
+    """
+    where = f"{folder}: processor_config.json"
+    own = with_defaults(processor_settings(folder), DEFAULTS2, where)
     side = own["candidate_resolutions"][0][1] if own["candidate_resolutions"] else 1
     canvases = canvas_sizes(own["candidate_resolutions"], side, f"{where}: candidate_resolutions")
     rows = math.ceil(side // own["patch_size"] / own["downsample_ratio"])
-    views = DeepSeekVL2Views(
+    check_supported({"tile_tag": "2D", **config}, {"tile_tag": ("2D",)}, "deepseek_vl_v2")
+    check_consistent(config, own, side)
+    return DeepSeekVL2Views(
         pixels({**COMMON, **own, "do_normalize": own["normalize"]}),
         side,
         (rows, rows),
         canvases,
         whole_first=config.get("global_view_pos", "head") == "head",
     )
-    check_supported({"tile_tag": "2D", **config}, {"tile_tag": ("2D",)}, "deepseek_vl_v2")
-    check_consistent(config, own, side)
-    prompt = DeepSeekVL2Prompt(tokenizer, own["image_token"])
-    ends = end_of_text(tokenizer)
-    return Processor(prompt, views, tokenizer, tokenizer.id_of(own["pad_token"]), num_learned=2, end_tokens=ends)
 
 
 def check_consistent(config: Config, own: Config, side: int) -> None:

@@ -1,7 +1,6 @@
 """DeepSeek-VL in the format of transformers."""
 
 import dataclasses
-from typing import Any
 
 from PIL import Image
 
@@ -23,6 +22,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews, TwoSizeViews
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import Views
 from vlm_jax.types import Config, Fields
 
 # transformers, models/deepseek_vl/image_processing_deepseek_vl.py.
@@ -39,9 +39,28 @@ HYBRID_DEFAULTS: Fields = {
 
 def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder with one tower."""
-    settings = image_settings(folder, DEFAULTS)
+    return _processor(folder, config, views(folder, config))
+
+
+def processor_hybrid(folder: Folder, config: Config) -> Processor:
+    """The processor of a folder with two towers."""
+    return _processor(folder, config, views_hybrid(folder, config))
+
+
+def _processor(folder: Folder, config: Config, own: Views) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
-    views = SquareViews(
+    token = tokenizer.names.get("image_token", "<image_placeholder>")
+    prompt = TemplatePrompt(
+        ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
+    )
+    return Processor(prompt, own, tokenizer, pad_id(tokenizer, config))
+
+
+def views(folder: Folder, config: Config) -> SquareViews:
+    """Views of a folder with one tower."""
+    del config
+    settings = image_settings(folder, DEFAULTS)
+    return SquareViews(
         pixels(settings),
         height_and_width(settings["size"], f"{folder}: image processor"),
         processor_settings(folder).get("num_image_tokens", 576),
@@ -49,15 +68,10 @@ def processor(folder: Folder, config: Config) -> Processor:
         background=mean_colour(settings),
         min_size=settings["min_size"],
     )
-    token = tokenizer.names.get("image_token", "<image_placeholder>")
-    prompt = TemplatePrompt(
-        ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
-    )
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config))
 
 
-def processor_hybrid(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder with two towers, which normalise their pixels themselves.
+def views_hybrid(folder: Folder, config: Config) -> TwoSizeViews:
+    """Views of a folder with two towers, which normalise their pixels themselves.
 
     The release's own code downscales the floating-point pixels of the large tower for the small one; transformers
     downscales 8-bit pixels, as here.
@@ -70,13 +84,11 @@ def processor_hybrid(folder: Folder, config: Config) -> Processor:
     told = [(tuple(settings[f"{key}image_mean"]), tuple(settings[f"{key}image_std"])) for key in ("high_res_", "")]
     if told != [HIGH_STATISTICS, LOW_STATISTICS]:
         raise PretrainedError(f"{where}: expected means and deviations {[HIGH_STATISTICS, LOW_STATISTICS]}, got {told}")
-    base = processor(folder, config)
-    square: Any = base.views
-    low = dataclasses.replace(square, pixels=Pixels(resample=Image.Resampling(settings["resample"])))
+    low = dataclasses.replace(views(folder, config), pixels=Pixels(resample=Image.Resampling(settings["resample"])))
     high = dataclasses.replace(
         low,
         pixels=Pixels(resample=Image.Resampling(settings["high_res_resample"])),
         size=height_and_width(settings["high_res_size"], where),
         background=mean_colour({"image_mean": settings["high_res_image_mean"]}),
     )
-    return dataclasses.replace(base, views=TwoSizeViews(high, low))
+    return TwoSizeViews(high, low)

@@ -41,6 +41,14 @@ def processor(folder: Folder, config: Config) -> Processor:
     settings = with_defaults(processor_settings(folder), DEFAULTS, where)
     check_supported(settings, {"add_special_token": (False,), "patch_size": (PATCH_SIZE,)}, where)
     tokenizer = Tokenizer.from_folder(folder)
+    prompt = UnmarkedPrompt(tokenizer, settings["image_token"])
+    pad, ends = tokenizer.id_of(settings["pad_token"]), end_of_text(tokenizer)
+    return Processor(prompt, views(folder, config), tokenizer, pad, num_learned=2, end_tokens=ends)
+
+
+def views(folder: Folder, config: Config) -> MosaicViews:
+    """The release's views: those of its mode with tiles, unless the folder states others."""
+    settings = with_defaults(processor_settings(folder), DEFAULTS, f"{folder}: processor_config.json")
     of_table = {"image_size": VISION_DEFAULTS["image_size"]}
     full = with_defaults(config.get("vision_config", {}), of_table, "deepseek_ocr.vision_config")["image_size"]
     of_pixels = pixels({**COMMON, **settings, "do_normalize": settings["normalize"]})
@@ -53,10 +61,7 @@ def processor(folder: Folder, config: Config) -> Processor:
         for share, side in zip(MODES, sides, strict=True)
         if side >= PATCH_SIZE
     ]
-    views = dataclasses.replace(chosen, modes=tuple(others))
-    prompt = UnmarkedPrompt(tokenizer, settings["image_token"])
-    pad = tokenizer.id_of(settings["pad_token"])
-    return Processor(prompt, views, tokenizer, pad, num_learned=2, end_tokens=end_of_text(tokenizer))
+    return dataclasses.replace(chosen, modes=tuple(others))
 
 
 def mode(

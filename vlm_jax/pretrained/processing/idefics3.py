@@ -57,7 +57,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder of Idefics3, which has no videos."""
     tokenizer = Tokenizer.from_folder(folder)
     roles = {role: name for role, name in NAMES.items() if role != "video_token"}
-    return Processor(_prompt(folder, tokenizer, roles), _views(folder), tokenizer, pad_id(tokenizer, config))
+    return Processor(_prompt(folder, tokenizer, roles), views(folder, config), tokenizer, pad_id(tokenizer, config))
 
 
 def processor_smolvlm(folder: Folder, config: Config) -> Processor:
@@ -68,23 +68,43 @@ def processor_smolvlm(folder: Folder, config: Config) -> Processor:
     """
     tokenizer = Tokenizer.from_folder(folder)
     roles = {role: tokenizer.names.get(role, name) for role, name in NAMES.items()}
-    images, videos = image_settings(folder, DEFAULTS), video_settings(folder)
-    # Where there are no settings of videos, those of images are read for them.
-    stated = videos or images
-    edge = stated.get("size") or (stated.get("video_sampling") or {}).get("video_size") or DEFAULTS["size"]
-    where = f"{folder}: video processor"
-    views = _views(folder, video_pixels=video_pixels(folder, images), video_edge=_edge({"size": edge}, "size", where))
-    if "max_image_size" in stated and (side := _edge(stated, "max_image_size", where)) != views.side:
-        raise PretrainedError(
-            f"{where}: max_image_size: expected that of the image processor, {views.side}, got {side}"
-        )
+    stated = _video_settings(folder)
     return Processor(
         _prompt(folder, tokenizer, roles),
-        views,
+        views_smolvlm(folder, config),
         tokenizer,
         pad_id(tokenizer, config),
         frame_sampler=sampler(stated),
     )
+
+
+def views(folder: Folder, config: Config) -> SplitViews:
+    """Views of a folder of Idefics3."""
+    del config
+    return _views(folder)
+
+
+def views_smolvlm(folder: Folder, config: Config) -> SplitViews:
+    """Views of a folder of SmolVLM, of videos too.
+
+    Raises:
+      PretrainedError: tiles of images and of frames have different sizes.
+    """
+    del config
+    images, stated = image_settings(folder, DEFAULTS), _video_settings(folder)
+    edge = stated.get("size") or (stated.get("video_sampling") or {}).get("video_size") or DEFAULTS["size"]
+    where = f"{folder}: video processor"
+    found = _views(folder, video_pixels=video_pixels(folder, images), video_edge=_edge({"size": edge}, "size", where))
+    if "max_image_size" in stated and (side := _edge(stated, "max_image_size", where)) != found.side:
+        raise PretrainedError(
+            f"{where}: max_image_size: expected that of the image processor, {found.side}, got {side}"
+        )
+    return found
+
+
+def _video_settings(folder: Folder) -> Fields:
+    """The settings of videos; where a folder has none, those of images are read for them."""
+    return video_settings(folder) or image_settings(folder, DEFAULTS)
 
 
 def sampler(videos: Config) -> FrameSampler:

@@ -53,11 +53,12 @@ def processor(folder: Folder, config: Config) -> Processor:
     # modeling_internvl_chat.py, chat: the separator of the template.
     ends = () if name is None else (PHI3_END,) if name == "phi3-chat" else (IM_END,)
     pad = pad_id(tokenizer, config)
-    return Processor(prompt, views(config), tokenizer, pad, end_tokens=ends, frame_sampler=SegmentSampler())
+    return Processor(prompt, views(folder, config), tokenizer, pad, end_tokens=ends, frame_sampler=SegmentSampler())
 
 
-def views(config: Config) -> InternVLViews:
-    """Views of a config: one tile, or dynamic tiles."""
+def views(folder: Folder, config: Config) -> InternVLViews:
+    """Views of a config: one tile, or dynamic tiles; no other file of the folder is read."""
+    del folder
     settings = with_defaults(config, DEFAULTS, "internvl_chat")
     check_supported(settings, {"pad2square": (False,)}, "internvl_chat")
     vision = with_defaults(settings["vision_config"], VISION_DEFAULTS, "internvl_chat.vision_config")

@@ -27,18 +27,7 @@ NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_ima
 
 def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder."""
-    settings = image_settings(folder, DEFAULTS)
     tokenizer = Tokenizer.from_folder(folder)
-    side, _ = height_and_width(settings["size"], f"{folder}: image processor")
-    views = InternVLViews(
-        pixels(settings),
-        side,
-        processor_settings(folder).get("image_seq_length", config.get("image_seq_length", 256)),
-        settings["min_patches"],
-        settings["max_patches"],
-        order="port",
-        video_pixels=video_pixels(folder, settings),
-    )
     start, end, context = (tokenizer.names.get(role, name) for role, name in NAMES.items())
     tagged = f"{start}{context}{end}"
     prompt = TemplatePrompt(
@@ -49,7 +38,23 @@ def processor(folder: Folder, config: Config) -> Processor:
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
         learned=LEARNED,
     )
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), frame_sampler=_sampler(folder))
+    pad = pad_id(tokenizer, config)
+    return Processor(prompt, views(folder, config), tokenizer, pad, frame_sampler=_sampler(folder))
+
+
+def views(folder: Folder, config: Config) -> InternVLViews:
+    """The views of a folder: dynamic tiles."""
+    settings = image_settings(folder, DEFAULTS)
+    side, _ = height_and_width(settings["size"], f"{folder}: image processor")
+    return InternVLViews(
+        pixels(settings),
+        side,
+        processor_settings(folder).get("image_seq_length", config.get("image_seq_length", 256)),
+        settings["min_patches"],
+        settings["max_patches"],
+        order="port",
+        video_pixels=video_pixels(folder, settings),
+    )
 
 
 def _sampler(folder: Folder) -> FrameSampler:

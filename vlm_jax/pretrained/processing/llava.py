@@ -67,7 +67,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     newline = "unpad" in config.get("mm_patch_merge_type", "flat")
     return Processor(
         prompt,
-        views(config),
+        views(folder, config),
         tokenizer,
         pad_id(tokenizer, config),
         num_learned=int(newline),
@@ -88,12 +88,13 @@ def _released(version: str, settings: Config, config: Config, longest: int | Non
     return as_released.Llama2(longest) if version == "llava_llama_2" else as_released.Plain()
 
 
-def views(config: Config) -> SquareViews | AnyresViews:
-    """Views of a config, by `image_aspect_ratio` and `mm_patch_merge_type`.
+def views(folder: Folder, config: Config) -> SquareViews | AnyresViews:
+    """Views of a config, by `image_aspect_ratio` and `mm_patch_merge_type`; no other file of the folder is read.
 
     Raises:
       PretrainedError: values other than those of LLaVA-1.5, LLaVA-1.6 and MobileVLM.
     """
+    del folder
     settings = {**DEFAULTS, "image_aspect_ratio": None, "mm_patch_merge_type": "flat", **config}
     where, name = config["model_type"], settings["mm_vision_tower"]
     known = {"image_aspect_ratio": tuple(FIT), "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad")}

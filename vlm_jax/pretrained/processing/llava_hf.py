@@ -20,6 +20,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import Views
 from vlm_jax.types import Config, Fields
 
 # transformers, models/llava/image_processing_llava.py and models/llava_next/image_processing_llava_next.py.
@@ -38,18 +39,26 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 def processor(folder: Folder, config: Config) -> Processor:
     """LLaVA's processor."""
-    base, _ = _square(folder, config)
-    return _processor(folder, config, base)
+    return _processor(folder, config, views(folder, config))
 
 
 def processor_next(folder: Folder, config: Config) -> Processor:
     """LLaVA-NeXT's processor, with tiles."""
+    return _processor(folder, config, views_next(folder, config), num_learned=1)
+
+
+def views(folder: Folder, config: Config) -> SquareViews:
+    """LLaVA's views."""
+    return _square(folder, config)[0]
+
+
+def views_next(folder: Folder, config: Config) -> AnyresViews:
+    """LLaVA-NeXT's views, with tiles."""
     base, grid = _square(folder, config)
     settings = image_settings(folder, {**DEFAULTS, "image_grid_pinpoints": PINPOINTS})
     side, where = base.size[0], f"{folder}: image processor: image_grid_pinpoints"
     canvases = tuple((down, across) for across, down in canvas_sizes(settings["image_grid_pinpoints"], side, where))
-    views = AnyresViews(base, grid, canvases, side=side, port=True)
-    return _processor(folder, config, views, num_learned=1)
+    return AnyresViews(base, grid, canvases, side=side, port=True)
 
 
 def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int]]:
@@ -68,7 +77,7 @@ def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int
     return dataclasses.replace(views, num_tokens=math.prod(grid) + whole), grid
 
 
-def _processor(folder: Folder, config: Config, views: Any, **fields: Any) -> Processor:
+def _processor(folder: Folder, config: Config, views: Views, **fields: Any) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     # The tokenizer's name takes precedence over the processor's, as in transformers.
     token = tokenizer.names.get("image_token") or processor_settings(folder).get("image_token") or "<image>"

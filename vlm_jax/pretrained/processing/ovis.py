@@ -29,21 +29,30 @@ MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_i
 
 def processor2(folder: Folder, config: Config) -> Processor:
     """Ovis 2's processor."""
+    return _processor(folder, config, views2(folder, config), OVIS2, NUM_INDICATORS)
+
+
+def views2(folder: Folder, config: Config) -> Ovis2Views:
+    """Ovis 2's views: tiles that cover an image."""
     tokenizer = {**TOKENIZER_DEFAULTS, **config["visual_tokenizer_config"]}
     vision = {**AIMV2_DEFAULTS, **tokenizer["backbone_config"]}
     rows = -(-(vision["image_size"] // vision["patch_size"]) // tokenizer["hidden_stride"])
-    views = Ovis2Views(pixels(image_settings(folder, {})), vision["image_size"], rows * rows, MAX_PARTS)
-    return _processor(folder, config, views, OVIS2, NUM_INDICATORS)
+    return Ovis2Views(pixels(image_settings(folder, {})), vision["image_size"], rows * rows, MAX_PARTS)
 
 
 def processor2_5(folder: Folder, config: Config) -> Processor:
     """Ovis 2.5's processor."""
+    return _processor(folder, config, views2_5(folder, config), OVIS2_5, NUM_INDICATORS_2_5, OVIS2_5_TRAINING)
+
+
+def views2_5(folder: Folder, config: Config) -> NativeViews:
+    """Ovis 2.5's views, of native resolution."""
     vision = {**NAVIT_DEFAULTS, **config["vit_config"]}
     patch, stride = vision["patch_size"], vision["hidden_stride"]
     window = None
     if vision["fullatt_block_indexes"] is not None:
         window = vision["window_size"] // stride // patch
-    views = NativeViews(
+    return NativeViews(
         pixels(image_settings(folder, {"resample": 2})),
         PatchFormat(patch, vision["temporal_patch_size"], stride, window),
         ovis_size,
@@ -52,7 +61,6 @@ def processor2_5(folder: Folder, config: Config) -> Processor:
         image_edges=(0, 1),
         video_edges=(2, 3),
     )
-    return _processor(folder, config, views, OVIS2_5, NUM_INDICATORS_2_5, OVIS2_5_TRAINING)
 
 
 def _processor(

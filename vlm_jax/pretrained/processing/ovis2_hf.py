@@ -28,18 +28,7 @@ DEFAULTS: Fields = {
 
 def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder."""
-    where = f"{folder}: image processor"
-    settings = image_settings(folder, DEFAULTS)
-    check_supported(settings, {"use_covering_area_grid": (True,)}, where)
     tokenizer = Tokenizer.from_folder(folder)
-    side, _ = height_and_width(settings["size"], where)
-    views = Ovis2Views(
-        pixels(settings),
-        side,
-        processor_settings(folder).get("image_seq_length", 256),
-        settings["max_patches"] if settings["crop_to_patches"] else 1,
-        port=True,
-    )
     prompt = TemplatePrompt(
         ChatTemplate.from_folder(folder, tokenizer.names),
         tokenizer,
@@ -48,4 +37,27 @@ def processor(folder: Folder, config: Config) -> Processor:
         learned=LEARNED,
     )
     learned = tuple(config["visual_indicator_token_ids"])
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), num_learned=len(learned), learned_ids=learned)
+    return Processor(
+        prompt,
+        views(folder, config),
+        tokenizer,
+        pad_id(tokenizer, config),
+        num_learned=len(learned),
+        learned_ids=learned,
+    )
+
+
+def views(folder: Folder, config: Config) -> Ovis2Views:
+    """The views of a folder: tiles that cover an image."""
+    del config
+    where = f"{folder}: image processor"
+    settings = image_settings(folder, DEFAULTS)
+    check_supported(settings, {"use_covering_area_grid": (True,)}, where)
+    side, _ = height_and_width(settings["size"], where)
+    return Ovis2Views(
+        pixels(settings),
+        side,
+        processor_settings(folder).get("image_seq_length", 256),
+        settings["max_patches"] if settings["crop_to_patches"] else 1,
+        port=True,
+    )

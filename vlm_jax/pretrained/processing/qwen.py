@@ -20,11 +20,16 @@ def processor(folder: Folder, config: Config) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.eos_id is None:
         raise PretrainedError(f"{folder}: expected a tokenizer with <|endoftext|>, for padding")
+    ends, prompt = (*end_of_text(tokenizer), *END_TOKENS), QwenVLPrompt(tokenizer)
+    return Processor(prompt, views(folder, config), tokenizer, tokenizer.eos_id, max_length=None, end_tokens=ends)
+
+
+def views(folder: Folder, config: Config) -> SquareViews | NoViews:
+    """Views of a config, with as many tokens as the resampler has queries; no other file of the folder is read."""
+    del folder
     visual = config.get("visual")
-    views = NoViews()
-    if visual is not None:
-        pixels = Pixels(tuple(CLIP_STATISTICS["image_mean"]), tuple(CLIP_STATISTICS["image_std"]))
-        side = visual["image_size"]
-        views = SquareViews(pixels, (side, side), visual.get("n_queries", NUM_QUERIES), "stretch")
-    ends = (*end_of_text(tokenizer), *END_TOKENS)
-    return Processor(QwenVLPrompt(tokenizer), views, tokenizer, tokenizer.eos_id, max_length=None, end_tokens=ends)
+    if visual is None:
+        return NoViews()
+    pixels = Pixels(tuple(CLIP_STATISTICS["image_mean"]), tuple(CLIP_STATISTICS["image_std"]))
+    side = visual["image_size"]
+    return SquareViews(pixels, (side, side), visual.get("n_queries", NUM_QUERIES), "stretch")

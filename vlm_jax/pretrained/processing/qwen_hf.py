@@ -47,30 +47,52 @@ LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
 def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder of Qwen2-VL or Qwen2.5-VL."""
+    return _processor(folder, config, views(folder, config), released=as_released.Qwen25VL())
+
+
+def views(folder: Folder, config: Config) -> NativeViews:
+    """Views of a folder of Qwen2-VL or Qwen2.5-VL."""
     kind, vision = config["model_type"], config["vision_config"]
-    fields: Fields = {"max_tokens": VIDEO_TOKENS[kind], "rotary_3d": True, "released": as_released.Qwen25VL()}
+    fields: Fields = {"max_tokens": VIDEO_TOKENS[kind], "rotary_3d": True}
     if kind == "qwen2_5_vl":
         fields["tokens_per_second"] = float(vision.get("tokens_per_second", QWEN2_5_DEFAULTS["tokens_per_second"]))
         fields["window_size"] = vision.get("window_size", QWEN2_5_DEFAULTS["window_size"])
-    return _processor(folder, config, DEFAULTS, **fields)
+    return _views(folder, DEFAULTS, **fields)
 
 
 def processor_of_frames(folder: Folder, config: Config) -> Processor:
     """The processor of a folder of LLaVA-OneVision 1.5: Qwen2.5-VL's, with patches of one frame.
 
     Positions have one axis. Training learns the answers, as in ds/src/dataset/sft_dataset.py.
+    """
+    return _processor(folder, config, views_of_frames(folder, config))
+
+
+def views_of_frames(folder: Folder, config: Config) -> NativeViews:
+    """Views of a folder of LLaVA-OneVision 1.5.
 
     Raises:
       PretrainedError: patches of several frames.
     """
+    del config
     defaults: Fields = {**DEFAULTS, "temporal_patch_size": 1}
     check_supported(image_settings(folder, defaults), {"temporal_patch_size": (1,)}, f"{folder}: image processor")
-    return _processor(folder, config, defaults, max_tokens=QWEN2_5_VIDEO_TOKENS, class_tokens=True)
+    return _views(folder, defaults, max_tokens=QWEN2_5_VIDEO_TOKENS, class_tokens=True)
 
 
 def _processor(
+    folder: Folder, config: Config, own: NativeViews, released: as_released.Released | None = None
+) -> Processor:
+    """With the template of a folder, and frames of video files selected as it states."""
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer.names)
+    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=released)
+    pad, sampler = pad_id(tokenizer, config), _sampler(video_settings(folder))
+    return Processor(prompt, own, tokenizer, pad, rotary_3d=own.rotary_3d, frame_sampler=sampler)
+
+
+def _views(
     folder: Folder,
-    config: Config,
     defaults: Config,
     *,
     max_tokens: int,
@@ -78,26 +100,22 @@ def _processor(
     window_size: int | None = None,
     tokens_per_second: float | None = None,
     class_tokens: bool = False,
-    released: as_released.Released | None = None,
-) -> Processor:
+) -> NativeViews:
     """Images, and videos whose frames each are bounded, as the files of a folder state over `defaults`.
 
     Args:
       folder: of the checkpoint.
-      config: its config.
       defaults: settings of images that no file states.
       max_tokens: of a video.
       rotary_3d, tokens_per_second: as in `NativeViews`.
       window_size: side of an attention window, in pixels.
       class_tokens: as in `PatchFormat`.
-      released: as in `TemplatePrompt`.
     """
     settings, videos = image_settings(folder, defaults), video_settings(folder)
-    tokenizer = Tokenizer.from_folder(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
     patch, merge = settings["patch_size"], settings["merge_size"]
     window = None if window_size is None else window_in_blocks(window_size, patch, merge)
-    views = NativeViews(
+    return NativeViews(
         pixels(settings),
         PatchFormat(patch, settings["temporal_patch_size"], merge, window, class_tokens=class_tokens),
         qwen_size,
@@ -108,19 +126,32 @@ def _processor(
         rotary_3d=rotary_3d,
         tokens_per_second=tokens_per_second,
     )
-    template = ChatTemplate.from_folder(folder, tokenizer.names)
-    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=released)
-    pad, sampler = pad_id(tokenizer, config), _sampler(videos)
-    return Processor(prompt, views, tokenizer, pad, rotary_3d=rotary_3d, frame_sampler=sampler)
 
 
 def processor3(folder: Folder, config: Config) -> Processor:
     """The processor of a folder of Qwen3-VL, which writes the time of every temporal patch of a video."""
-    settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     tokenizer = Tokenizer.from_folder(folder)
+    prompt = TemplatePrompt(
+        ChatTemplate.from_folder(folder, tokenizer.names),
+        tokenizer,
+        marks=TOKENS,
+        tokens=TOKENS,
+        texts={"video": QWEN3_PART},
+        between="",
+        learned=LEARNED,
+        released=as_released.Qwen25VL(),
+    )
+    sampler, pad = _sampler(video_settings(folder), multiple=1, first_of_parts=False), pad_id(tokenizer, config)
+    return Processor(prompt, views3(folder, config), tokenizer, pad, rotary_3d=True, frame_sampler=sampler)
+
+
+def views3(folder: Folder, config: Config) -> NativeViews:
+    """Views of a folder of Qwen3-VL: every temporal patch of a video is a part of its own."""
+    del config
+    settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
     capped = videos.get("max_video_tokens", QWEN3_VIDEO_TOKENS) if videos.get("cap_pixels_per_frame") else None
-    views = NativeViews(
+    return NativeViews(
         pixels(settings),
         PatchFormat(settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"]),
         qwen_size,
@@ -132,18 +163,6 @@ def processor3(folder: Folder, config: Config) -> Processor:
         box_scale=SCALE,
         rotary_3d=True,
     )
-    prompt = TemplatePrompt(
-        ChatTemplate.from_folder(folder, tokenizer.names),
-        tokenizer,
-        marks=TOKENS,
-        tokens=TOKENS,
-        texts={"video": QWEN3_PART},
-        between="",
-        learned=LEARNED,
-        released=as_released.Qwen25VL(),
-    )
-    sampler = _sampler(videos, multiple=1, first_of_parts=False)
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True, frame_sampler=sampler)
 
 
 def _sampler(videos: Config, **rounding: Any) -> FrameSampler:
