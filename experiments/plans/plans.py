@@ -20,6 +20,7 @@ from vlm_jax.config import ConfigError  # noqa: E402
 from vlm_jax.planner.kept import FOLDER  # noqa: E402
 from vlm_jax.planner.plan import Plan  # noqa: E402
 from vlm_jax.planner.request import Request, Stage, make_plan  # noqa: E402
+from vlm_jax.planner.settings import planned  # noqa: E402
 from vlm_jax.planner.topology import PlanError, open_topology  # noqa: E402
 from vlm_jax.train import finetuning  # noqa: E402
 
@@ -39,7 +40,19 @@ SYSTEMS = (
     ("llava-hf/llava-1.5-7b-hf", 144, "pool", ("v5e:8x8", "v5p:4x4x4")),
     ("llava-hf/llava-1.5-7b-hf", 64, "pool", ("v5e:8x8", "v5p:4x4x4")),
 )
-HEADER = ("system", "tokens", "slice", "stage", "peak GiB", "fits", "ms a step", "MFU", "exposed", "tokens a second")
+HEADER = (
+    "system",
+    "tokens",
+    "slice",
+    "stage",
+    "mesh",
+    "peak GiB",
+    "fits",
+    "ms a step",
+    "MFU",
+    "exposed",
+    "tokens a second",
+)
 
 
 def request_for(release: str, topology: str, stage: Stage, *, rows: int, quick: bool = False) -> Request:
@@ -54,12 +67,26 @@ def requests(only: str, quick: bool):
     for name, budget, connector, slices in SYSTEMS:
         for topology, stage in itertools.product(slices, stages if only in name else ()):
             request = request_for(name, topology, stage, rows=ROWS, quick=quick).changed(token_budget=budget)
-            yield request if connector is None else request.changed(connector__kind=connector)
+            if connector is not None:
+                request = request.changed(connector__kind=connector)
+            yield request if stage == "train" else with_copies(request)
+
+
+def with_copies(request: Request) -> Request:
+    """With copies of the model for generation, each over as few chips as hold its weights in half of their memory."""
+    topology = open_topology(request.topology)
+    weights = 2 * sum(planned(request.config, len(topology.devices))[1].num_params().values())  # in bfloat16
+    tensor = 1
+    while weights / tensor > topology.chip.hbm_bytes / 2:
+        tensor *= 2
+    return request.changed(mesh__data=-1, mesh__fsdp=1, mesh__tensor=tensor)
 
 
 def cells(request: Request, plan: Plan | None, refused: str) -> list[str]:
     config = request.config
     name = [config.release.split("/")[1], str(config.token_budget or "as released"), request.topology, request.stage]
+    sizes = {axis: size for axis, size in config.mesh.to_dict().items() if size != 1}
+    name.append(", ".join(f"{axis} {'rest' if size == -1 else size}" for axis, size in sizes.items()))
     if plan is None:
         return [*name, "", refused.splitlines()[0], "", "", "", ""]
     own = plan.step_time

@@ -132,5 +132,7 @@ def test_memory_is_what_the_compiler_compares_with_the_chip(tmp_path):
 def test_a_computation_without_a_result_is_refused():
     text = "ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}"
     assert parse_program(text).runs() == {"main": 1}
+    aside = '%sum (b: s32[]) -> s32[] {\n  ROOT %b = s32[] parameter(0)\n}, execution_thread="sparsecore"\n\n'
+    assert parse_program(aside + text).computations.keys() == {"sum", "main"}
     with pytest.raises(UnreadableProgram, match="the computation main has no result"):
         parse_program(text.replace("ROOT ", ""))

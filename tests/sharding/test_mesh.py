@@ -1,9 +1,11 @@
 """The mesh takes every device, or says what does not fit."""
 
 import jax
+import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError
+from vlm_jax.planner.topology import open_topology
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
 
@@ -21,6 +23,15 @@ def test_what_is_left_goes_to_the_free_axis(sizes, expected):
     assert mesh.axis_names == ("data", "fsdp", "tensor", "context", "expert")
     assert mesh.devices.shape == expected
     assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_an_axis_may_be_a_part_of_a_torus_dimension():
+    """2 of 4 chips in a row share a layer; `jax.make_mesh` refuses it on a v5p."""
+    chips = open_topology("v5p:4x4x4").devices
+    found = make_mesh(MeshSettings(tensor=2), chips).devices
+    assert found.shape == (32, 1, 2, 1, 1) and set(found.flat) == set(chips)
+    apart = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in found.reshape(32, 2)]
+    assert apart == [1] * 32
 
 
 def test_a_part_of_the_devices():

@@ -21,6 +21,7 @@ ITEM_BYTES = {
 }
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
+_ENDS = re.compile(r"\}(, execution_thread=\"[\w.\-]+\")?\s*$")  # a computation, of the core or of a SparseCore
 _BEGINS = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = ")  # an instruction
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 UNKNOWN_CYCLES = 2**63 - 1
@@ -201,7 +202,7 @@ def parse_program(text: str) -> Program:
             if start is not None:
                 name, lines = start[2], []
                 entry = name if start[1] else entry
-        elif line.rstrip() == "}":
+        elif _ENDS.match(line):
             found[name], name = _computation(name, lines), None
         elif _BEGINS.match(line):
             lines.append(line)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from vlm_jax.config import ConfigError, check_fields
@@ -45,7 +46,7 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
       devices: devices of the mesh; all of the process group when None.
 
     Raises:
-      ConfigError: more than one -1, or a product that is not the number of devices.
+      ConfigError: more than one -1, a product that is not the number of devices, or devices of several slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(settings)
@@ -57,4 +58,8 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"config.mesh: the product of {sizes} is not the number of devices, {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+    if len(slices := {getattr(device, "slice_index", 0) for device in devices}) > 1:
+        raise ConfigError(f"config.mesh: expected the devices of one slice, got those of {len(slices)}")
+    # An axis may be a part of a torus dimension, such as 2 of 4 chips in a row; jax.make_mesh refuses it on most TPUs.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), (AxisType.Auto,) * len(sizes))
