@@ -19,6 +19,7 @@ import flag_tables  # noqa: E402
 import metric_tables  # noqa: E402
 import notebook_pages  # noqa: E402
 import system_tables  # noqa: E402
+import token_tables  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
 # Figures that an experiment writes, shown where it writes them.
@@ -43,6 +44,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/commands.md": flag_tables.page,
     "reference/metrics.md": metric_tables.page,
     "reference/systems.md": system_tables.page,
+    "reference/visual-tokens.md": token_tables.page,
 }
 
 

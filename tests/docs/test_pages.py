@@ -129,8 +129,8 @@ def test_targets_extras_and_files_exist(page):
 @by_page
 def test_links_lead_to_pages(page):
     """Of pages that the build makes, the names are in docs/hooks.py; their anchors are checked by mkdocs."""
-    made = [f"reference/{name}" for name in ("commands.md", "config.md", "metrics.md", "systems.md", "api/")]
-    made.append("notebooks/")
+    names = ("commands.md", "config.md", "metrics.md", "systems.md", "visual-tokens.md", "api/")
+    made = ["notebooks/", *(f"reference/{name}" for name in names)]
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith("http") and not any(name in link for name in made) and link != "assets/frontier.png":
             assert (page.parent / link).resolve().exists(), link
