@@ -94,8 +94,8 @@ def cells(request: Request, plan: Plan | None, refused: str) -> list[str]:
     if own is None:
         return [*name, *found, plan.refused, "", "", ""]
     speed = f"{plan.tokens_per_second:,.0f}"
-    numbers = f"{1e3 * own.low:.4g} to {1e3 * own.high:.4g}", f"{own.mfu:.0%}", f"{own.exposed / own.seconds:.0%}"
-    return [*name, *found, *numbers, speed]
+    low, high = (f"{1e3 * time:,.0f}" if time > 0.1 else f"{1e3 * time:.3g}" for time in (own.low, own.high))
+    return [*name, *found, f"{low} to {high}", f"{own.mfu:.0%}", f"{own.exposed / own.seconds:.0%}", speed]
 
 
 def main() -> None:
