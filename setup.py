@@ -71,7 +71,7 @@ EXTRAS = {
     "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
-    "tpu": ["jax[tpu]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2", "gcsfs>=2024.10"],  # workdirs on gs://
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
     "serve": [*SERVE],

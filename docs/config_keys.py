@@ -49,7 +49,7 @@ HEAD = """# Config keys
 
 A run is described by a config, an `ml_collections.ConfigDict`; `configs/base.py` and
 `vlm_jax/train/finetuning.py` have all sections. On the command line `--config.KEY=VALUE` overrides a key, and
-`--list_keys` prints every key with its value:
+`--list_keys` prints the keys that the config sets, with their values; this page has all:
 
 ```bash
 python -m vlm_jax.cli.train --config=configs/digits.py --list_keys

@@ -145,6 +145,7 @@ class System:
 
         Raises:
           CheckpointMismatch: unused and missing keys and wrong shapes of the release, all in one message.
+          CheckpointError: of a run, there is no complete checkpoint.
         """
         boxed = in_float32(self.boxed_shapes(), masters)
         targets = nn.meta.unbox(boxed)
@@ -156,7 +157,7 @@ class System:
             )
         targets = {part: tree for part, tree in targets.items() if part not in without}
         release = self.release.without(*without) if self.release is not None and without else self.release
-        drawn = [part for part in targets if release is None or part in release.drawn]
+        drawn = [part for part in targets if release is None or part in release.initialised]
         params = {} if release is None else release.read(targets)
         if drawn:
             params |= in_float32(draw(self._init, key, drawn, mesh), masters)

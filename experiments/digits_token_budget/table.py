@@ -42,11 +42,11 @@ def sentences(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> str:
         (finding,) = find(points, task, CONTROLS)
         enough: Enough = next(one for one in finding.enough if one.points_lost == 5)
         spread = sorted(set(enough.by_seed.values()))
-        by_seed = f"{spread[0]:g}" if len(spread) == 1 else f"{spread[0]:g} to {spread[-1]:g}"
+        by_seed = "with every seed" if len(spread) == 1 else f"{spread[0]:g} to {spread[-1]:g} by seed"
         lines.append(
             f"*{task}*: `{enough.full.connector}` has {told(enough.full.accuracy[task])} with "
             f"{enough.full.costs['tokens']:g} tokens; the fewest that lose at most 5 points are "
-            f"{enough.by_mean.costs['tokens']:g} (`{enough.by_mean.connector}`), by seed {by_seed}."
+            f"{enough.by_mean.costs['tokens']:g} (best by `{enough.by_mean.connector}`; {by_seed})."
         )
     return "\n".join(f"- {line}" if number else f"{line}\n" for number, line in enumerate(lines))
 

@@ -54,7 +54,9 @@ def stand_ins(tmp_path_factory):
     questions = "".join(json.dumps(record) + "\n" for record in records[32:])
     (folder / "questions.jsonl").write_text(questions)
     chat = [{"id": "c", "conversations": [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "yes"}]}]
-    (folder / "questions.jsonl.gz").write_bytes(gzip.compress((json.dumps(chat[0]) + "\n").encode()))
+    (folder / "chat.jsonl.gz").write_bytes(gzip.compress((json.dumps(chat[0]) + "\n").encode()))
+    pair = {"image": "1.png", "prompt": "Which colour?", "chosen": "red", "rejected": "a colour"}
+    (folder / "preferences.json").write_text(json.dumps([pair] * 4))
     return folder
 
 

@@ -18,8 +18,10 @@ from vlm_jax.config import ConfigError
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.configured import configured
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.sweep.release_points import list_release_points
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Trainer
 
@@ -110,6 +112,21 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
     assert answer.visual_tokens == (4,)
     with pytest.raises(CheckpointFileError, match="the released schema has no names for the connector"):
         again.save_pretrained(workdir / "out")
+
+
+def test_a_workdir_starts_another_run_and_an_evaluation(run, one_device):
+    """Its connector too, for which the release has no parameters; one that replaces it again is random."""
+    _, workdir, outcome = run
+    with pytest.raises(PretrainedError, match=tried("{config}: {} is a run, which has its own; pass a release")):
+        vlm_jax.from_pretrained(workdir, config={})
+    again = build(config_of(workdir))
+    assert again.system.release.drawn == ("connector",) and not again.system.release.initialised
+    trained = again.initial(jax.random.key(1), one_device)
+    jax.tree.map(np.testing.assert_array_equal, trained, dict(outcome.params))
+    points, refused = list_release_points(open_system(workdir, FAMILIES, dtype="float32"), ("none", "random"), (2,))
+    assert [one.label for one in points] == ["none@released", "random@2"], (points, refused)
+    replaced = build(config_of(workdir, connector={"kind": "resampler"}, token_budget=2)).system.release
+    assert replaced.initialised == ("connector",)
 
 
 @pytest.mark.parametrize(

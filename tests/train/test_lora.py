@@ -97,7 +97,7 @@ def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_pat
     write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
     with pytest.raises(PretrainedError, match=tried("not a model; load it with from_pretrained('{}', adapter='{}')")):
         vlm_jax.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(PretrainedError, match=tried("is a run, whose own adapters are merged; pass a release")):
+    with pytest.raises(PretrainedError, match=tried("{adapter}: {} is a run, which has its own; pass a release")):
         vlm_jax.from_pretrained(workdir, adapter=tmp_path / "adapter")
     with_adapter = vlm_jax.from_pretrained(folder, adapter=tmp_path / "adapter")
     assert_close(dict(with_adapter.params), outcome.params)

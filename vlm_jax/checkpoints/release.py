@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError
 from vlm_jax.checkpoints.params import export_params, import_params
 from vlm_jax.checkpoints.rules import Rule, matcher, matching
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint, target_folder
 from vlm_jax.types import Config, Fields, Params
 
@@ -45,6 +47,8 @@ class Release:
         written back.
       drawn: randomly initialised parts of the model that replace the release's; `rules` save those they name.
       borrowed: parts of the model that are read from other checkpoints.
+      run: checkpoints of a run whose parameters replace the release's; None without one.
+      trained: of `drawn`, the parts that the run has trained.
     """
 
     config: Config
@@ -54,6 +58,17 @@ class Release:
     ignore: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
     borrowed: tuple[Borrowed, ...] = ()
+    run: Path | None = None
+    trained: tuple[str, ...] = ()
+
+    def of_run(self, checkpoints: Path) -> "Release":
+        """The release with the parameters of a run, which has all parts but the borrowed ones."""
+        return dataclasses.replace(self, run=checkpoints, trained=self.drawn)
+
+    @property
+    def initialised(self) -> tuple[str, ...]:
+        """Parts that are randomly initialised."""
+        return tuple(part for part in self.drawn if part not in self.trained)
 
     def without(self, *parts: str) -> "Release":
         """The release with `parts` replaced by randomly initialised ones."""
@@ -61,7 +76,8 @@ class Release:
         patterns = tuple(matcher(source).pattern for rule in lost for source in rule.sources)
         kept = tuple(rule for rule in self.rules if rule not in lost)
         drawn = tuple(dict.fromkeys((*self.drawn, *parts)))
-        return dataclasses.replace(self, rules=kept, ignore=(*self.ignore, *patterns), drawn=drawn)
+        trained = tuple(part for part in self.trained if part not in parts)
+        return dataclasses.replace(self, rules=kept, ignore=(*self.ignore, *patterns), drawn=drawn, trained=trained)
 
     def with_other(self, part: str, changes: Config) -> "Release":
         """The release with a randomly initialised `part` of the same names, which `changes` of the config describe."""
@@ -81,13 +97,17 @@ class Release:
 
         Raises:
           CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
+          CheckpointError: of a run, there is no complete checkpoint, or it has other shapes.
         """
         others = [other for other in self.borrowed if other.part in targets and other.part not in self.drawn]
-        absent = {*self.drawn, *(other.part for other in self.borrowed)}
+        absent = {*self.initialised, *(other.part for other in self.borrowed)}
         own = {part: tree for part, tree in targets.items() if part not in absent}
-        drawn = _rules_of(self.rules, self.drawn)
-        rules = [rule for rule in self.rules if rule not in drawn]
-        params = import_params(rules, self.checkpoint, own, ignore=self.ignore)
+        if self.run is not None:
+            params = read_parts(self.run, jax.tree.map(_on_a_device, own)) if own else {}
+        else:
+            drawn = _rules_of(self.rules, self.drawn)
+            rules = [rule for rule in self.rules if rule not in drawn]
+            params = import_params(rules, self.checkpoint, own, ignore=self.ignore)
         for other in others:
             params |= import_params(other.rules, other.checkpoint, {other.part: targets[other.part]})
         return params
@@ -165,3 +185,11 @@ def _rules_of(rules: Sequence[Rule], parts: Sequence[str]) -> list[Rule]:
 
 def _of_part(target: str, parts: Sequence[str]) -> bool:
     return re.match(rf"({'|'.join(map(re.escape, parts))})/", target) is not None
+
+
+def _on_a_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """With the default device where it has no sharding."""
+    if leaf.sharding is not None:
+        return leaf
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    return leaf.update(sharding=jax.sharding.SingleDeviceSharding(device))

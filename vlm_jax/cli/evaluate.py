@@ -16,7 +16,11 @@ from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.failures import summary
 from vlm_jax.train.loop import Interrupted
 
-RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
+RELEASE = flags.DEFINE_string(
+    "release",
+    None,
+    "A released folder, organisation/name on the Hugging Face hub, or the workdir of a run that started from one.",
+)
 DATA = flags.DEFINE_string(
     "data", None, "A file of conversations: LLaVA's JSON, JSONL, parquet, …; its last answers are asked."
 )

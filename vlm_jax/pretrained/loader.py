@@ -1,6 +1,7 @@
 """Loads a released checkpoint: selects its family and reads its parameters to devices."""
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +18,6 @@ from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.orbax import CHECKPOINTS
 from vlm_jax.checkpoints.peft import with_adapter
 from vlm_jax.checkpoints.release import Release
-from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained.budgets import Section, with_budget
@@ -28,8 +28,7 @@ from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.pretrained.processing import end_ids, read_processor
 from vlm_jax.pretrained.recognition import check_tensors, recognised
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.rules import placed, shardings
+from vlm_jax.sharding.rules import shardings
 from vlm_jax.system import System
 from vlm_jax.types import Config, Dtype
 
@@ -73,11 +72,20 @@ def open_system(
     param_dtype: str | None = None,
     config: Config | None = None,
 ) -> System:
-    """The system of a release without reading tensors; `param_dtype` is `dtype` when None.
+    """The system of a release, or of a run that started from one, without reading tensors.
+
+    Args:
+      source: as in `from_pretrained`.
+      families: the registration table.
+      dtype: of the products.
+      param_dtype: of the stored parameters; `dtype` when None.
+      config: as in `from_pretrained`; not for a run.
 
     Raises:
       As `from_pretrained`.
     """
+    if is_run(source):
+        return _of_run(Path(absolute(source)), families, dtype, param_dtype)
     return _opened(source, families, (dtype, param_dtype or dtype), config)[0]
 
 
@@ -95,10 +103,12 @@ def load(
     """`from_pretrained` with the registration table as an argument."""
     _check_types(source, mesh, config, adapter)
     if is_run(source):
-        if adapter is not None:
-            raise PretrainedError(f"adapter: {source} is a run, whose own adapters are merged; pass a release")
-        return _of_run(Path(absolute(source)), families, dtype, mesh)
-    system, family, resize = _opened(source, families, (dtype, dtype), config, adapter)
+        for name, given in (("adapter", adapter), ("config", config)):
+            if given is not None:
+                raise PretrainedError(f"{name}: {source} is a run, which has its own; pass a release")
+        system, family, resize = open_system(source, families, dtype=dtype), None, None
+    else:
+        system, family, resize = _opened(source, families, (dtype, dtype), config, adapter)
     if any(part is not None for part in budget):
         tokens, reducer, connector = budget
         system = with_budget(system, tokens, reducer=reducer, connector=connector)
@@ -106,7 +116,7 @@ def load(
     release = system.release
     assert release is not None
     if image_size is not None:
-        if resize is None:
+        if resize is None or family is None:
             raise PretrainedError(f"image_size: '{marker(release.config)}' does not support resizing at load")
         released, params, shapes = resize(params, image_size)
         checkpoint = release.checkpoint
@@ -137,20 +147,19 @@ def is_run(source: str | os.PathLike[str]) -> bool:
     return os.path.isdir(os.path.join(absolute(source), CHECKPOINTS))  # False for a text that no file can have
 
 
-def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mesh | None) -> Pretrained:
-    """The model of a run started with `config.release`, with the run's newest parameters.
+def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, param_dtype: str | None) -> System:
+    """The system of a run started with `config.release`, whose parameters are the run's newest.
 
     Raises:
       PretrainedError: the run was not started from a release.
-      CheckpointError: there is no complete checkpoint.
     """
     config = read_json(workdir / "config.json", CheckpointFileError)
     if not config.get("release"):
         raise PretrainedError(f"{workdir}: this run has no config.release, so it has no processor")
-    system = configured(open_system(config["release"], families, dtype=dtype), config)
-    boxed = system.boxed_shapes()
-    mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1]) if mesh is None else mesh
-    return Pretrained(system, read_parts(workdir / CHECKPOINTS, placed(boxed, mesh)))
+    released = open_system(config["release"], families, dtype=dtype, param_dtype=param_dtype)
+    system = configured(released, config)
+    assert system.release is not None
+    return dataclasses.replace(system, release=system.release.of_run(workdir / CHECKPOINTS))
 
 
 def _opened(

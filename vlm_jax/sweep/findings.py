@@ -1,7 +1,7 @@
 """What a sweep found on a task: the best point, and the fewest tokens that are as good or nearly so."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from vlm_jax.sweep.frontier import FrontierPoint, Number
 
@@ -85,11 +85,10 @@ def _enough(candidates: Sequence[FrontierPoint], task: str, points_lost: int) ->
     by_seed = {}
     for seed, share in accuracy.seeds.items():
         seeds = ((point, point.accuracy[task].seeds.get(seed)) for point in candidates)
-        by_seed[seed] = _fewest(point for point, own in seeds if own is not None and own >= share - lost).costs[
-            "tokens"
-        ]
-    return Enough(points_lost, full, _fewest(near), by_seed)
+        kept = (point for point, own in seeds if own is not None and own >= share - lost)
+        by_seed[seed] = min(point.costs["tokens"] for point in kept)
 
+    def rank(point: FrontierPoint) -> tuple[Number, ...]:
+        return point.costs["tokens"], -point.accuracy[task].mean, point.costs["flops"]
 
-def _fewest(points: Iterable[FrontierPoint]) -> FrontierPoint:
-    return min(points, key=lambda point: (point.costs["tokens"], point.costs["flops"]))
+    return Enough(points_lost, full, min(near, key=rank), by_seed)

@@ -321,7 +321,7 @@ def _check_start(start: tuple[str, ...], shapes: Params, shared: Params, path: s
 def _check_untrained(experiment: Experiment, start: tuple[str, ...], path: str) -> None:
     """Whether a candidate that trains nothing has all of its parts from the release or the shared stages."""
     release = experiment.system.release
-    drawn = experiment.boxed_shapes() if release is None else release.drawn
+    drawn = experiment.boxed_shapes() if release is None else release.initialised
     if missing := [part for part in drawn if part not in start]:
         raise ConfigError(
             f"{path}: it has no stage of its own, and its {' and '.join(missing)} would be drawn and never trained; "
