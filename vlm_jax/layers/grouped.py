@@ -2,7 +2,8 @@
 
 | platform | implementation |
 |---|---|
-| TPU | `ragged`: `jax.lax.ragged_dot`, compiled to one fusion that skips the tiles without rows of a group |
+| TPU | `ragged`: `jax.lax.ragged_dot`, compiled to one fusion that skips the tiles without rows of a group; the \
+gradient of the kernels, for which there is none, by blocks of rows |
 | CPU, GPU | `blocks`: a loop over the blocks that hold rows of a group, with that group's kernel |
 
 On the CPU, and on the GPU by default, XLA computes a ragged product as that of every row with every kernel, with a
@@ -27,6 +28,7 @@ Implementation = Literal["ragged", "blocks"]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels of all groups)
 
 _ROWS = 64  # rows of a block at most: enough for a matrix product to run at full speed
+_BLOCK = 512  # rows of a product in the gradient of kernels
 _TPU_ROWS = 8  # XLA uses its grouped kernel for a multiple of so many rows, else every kernel for every row
 
 
@@ -59,7 +61,8 @@ def by_group(
     if (implementation or choose_implementation()) == "ragged":
         missing = -count % _TPU_ROWS if platform() == "tpu" else 0
         rows = jnp.pad(rows, ((0, missing), (0, 0)))
-        out = function(rows, lambda x, kernels: jax.lax.ragged_dot(x, kernels, sizes))
+        product = jax.lax.ragged_dot if is_written_out() else _ragged_dot
+        out = function(rows, lambda x, kernels: product(x, kernels, sizes))
         return jnp.where((jnp.arange(count) < sizes.sum())[:, None], out[:count], 0)
     likely = count if expected is None else expected
     height = max(1, min(_ROWS, likely // (2 * groups)))  # half a block is empty at the end of a group
@@ -78,6 +81,44 @@ def by_group(
 
     out = function(laid.reshape(num_blocks, height, -1), dot)
     return out.reshape(nowhere, -1).at[place].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _ragged_dot(x: Float[Array, "M D"], kernels: Float[Array, "G D E"], sizes: Int[Array, "G"]) -> Float[Array, "M E"]:
+    """`jax.lax.ragged_dot`, whose gradient of the kernels XLA computes as that of all rows for every kernel."""
+    return jax.lax.ragged_dot(x, kernels, sizes)
+
+
+def _ragged_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], gradient: Float[Array, "M E"]
+) -> tuple[jax.Array, jax.Array, None]:
+    """Row blocks and groups that overlap are at most M / `_BLOCK` + G pairs, each a product of the block's own rows."""
+    x, kernels, sizes = saved
+    of_rows = jax.lax.ragged_dot(gradient, kernels.swapaxes(1, 2), sizes)
+    height = min(len(x), _BLOCK)
+    x, gradient = (jnp.pad(rows, ((0, -len(x) % height), (0, 0))) for rows in (x, gradient))
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    first = starts // height
+    pairs = jnp.cumsum(jnp.where(sizes > 0, (ends - 1) // height - first + 1, 0))
+
+    def add(total: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
+        group = jnp.minimum(jnp.searchsorted(pairs, pair, side="right"), len(sizes) - 1)
+        before = jnp.where(group > 0, pairs[group - 1], 0)
+        start = jnp.minimum(first[group] + pair - before, len(x) // height - 1) * height
+        row = start + jnp.arange(height)
+        own = (row >= starts[group]) & (row < ends[group]) & (pair < pairs[-1])
+        rows = jax.lax.dynamic_slice_in_dim(x, start, height)
+        back = jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(gradient, start, height), 0)
+        product = jnp.dot(rows.T, back, preferred_element_type=jnp.float32)
+        return total.at[group].add(product), None
+
+    most = jnp.arange(len(x) // height + len(sizes))
+    total, _ = jax.lax.scan(add, _varying_as(jnp.zeros(kernels.shape, jnp.float32), x, gradient, sizes), most)
+    return of_rows, total.astype(kernels.dtype), None
+
+
+_ragged_dot.defvjp(lambda x, kernels, sizes: (_ragged_dot(x, kernels, sizes), (x, kernels, sizes)), _ragged_backward)
 
 
 @jax.custom_vjp

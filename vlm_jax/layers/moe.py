@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
@@ -108,12 +108,46 @@ def _routed(
     own = routing.expert.reshape(-1) - first
     own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)  # experts of other devices come last
     order = jnp.argsort(own, stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
     sizes = jnp.zeros(num_experts, jnp.int32).at[own].add(1, mode="drop")
     expected = len(own) * num_experts // total
-    out = by_group(lambda rows, dot: run(rows, dot, *kernels), tokens[order // num_selected], sizes, expected=expected)
-    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+    rows = _by_expert(tokens, order, inverse)
+    out = by_group(lambda rows, dot: run(rows, dot, *kernels), rows, sizes, expected=expected)
+    out = _by_token(out, order, inverse)
     weighted = out.reshape(-1, num_selected, width).astype(jnp.float32) * routing.weight.reshape(-1, num_selected, 1)
     return weighted.sum(axis=1).reshape(x.shape)
+
+
+# Both gather, and so do their gradients: TPUs scatter row by row.
+@jax.custom_vjp
+def _by_expert(tokens: Float[Array, "M D"], order: Int[Array, "Mk"], inverse: Int[Array, "Mk"]) -> Float[Array, "Mk D"]:
+    """The token of each row, where token t has the k places of `order` from t k on; `inverse` is that permutation's."""
+    return tokens[order // (order.shape[0] // tokens.shape[0])]
+
+
+def _by_expert_backward(saved: tuple[jax.Array, int], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    inverse, count = saved
+    summed = gradient[inverse].reshape(count, -1, gradient.shape[-1]).astype(jnp.float32).sum(axis=1)
+    return summed.astype(gradient.dtype), None, None
+
+
+_by_expert.defvjp(
+    lambda tokens, order, inverse: (_by_expert(tokens, order, inverse), (inverse, tokens.shape[0])),
+    _by_expert_backward,
+)
+
+
+@jax.custom_vjp
+def _by_token(rows: Float[Array, "Mk D"], order: Int[Array, "Mk"], inverse: Int[Array, "Mk"]) -> Float[Array, "Mk D"]:
+    """The rows back in the places that `order` took them from."""
+    del order
+    return rows[inverse]
+
+
+_by_token.defvjp(
+    lambda rows, order, inverse: (_by_token(rows, order, inverse), order),
+    lambda order, gradient: (gradient[order], None, None),
+)
 
 
 def _over_mesh(
