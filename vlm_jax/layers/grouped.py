@@ -101,20 +101,25 @@ def _ragged_backward(
     starts = ends - sizes
     first = starts // height
     pairs = jnp.cumsum(jnp.where(sizes > 0, (ends - 1) // height - first + 1, 0))
+    pair = jnp.arange(len(x) // height + len(sizes))
+    group = jnp.searchsorted(pairs, pair, side="right", method="compare_all")
+    is_any = group < len(sizes)
+    group = jnp.minimum(group, len(sizes) - 1)
+    before = jnp.where(group > 0, pairs[group - 1], 0)
+    block = jnp.minimum(first[group] + pair - before, len(x) // height - 1)
+    low, high = (jnp.where(is_any, edge[group], 0) for edge in (starts, ends))
 
-    def add(total: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
-        group = jnp.minimum(jnp.searchsorted(pairs, pair, side="right"), len(sizes) - 1)
-        before = jnp.where(group > 0, pairs[group - 1], 0)
-        start = jnp.minimum(first[group] + pair - before, len(x) // height - 1) * height
+    def add(total: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        group, start, low, high = one
         row = start + jnp.arange(height)
-        own = (row >= starts[group]) & (row < ends[group]) & (pair < pairs[-1])
+        own = (row >= low) & (row < high)
         rows = jax.lax.dynamic_slice_in_dim(x, start, height)
         back = jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(gradient, start, height), 0)
         product = jnp.dot(rows.T, back, preferred_element_type=jnp.float32)
         return total.at[group].add(product), None
 
-    most = jnp.arange(len(x) // height + len(sizes))
-    total, _ = jax.lax.scan(add, _varying_as(jnp.zeros(kernels.shape, jnp.float32), x, gradient, sizes), most)
+    total = _varying_as(jnp.zeros(kernels.shape, jnp.float32), x, gradient, sizes)
+    total, _ = jax.lax.scan(add, total, (group, block * height, low, high))
     return of_rows, total.astype(kernels.dtype), None
 
 
