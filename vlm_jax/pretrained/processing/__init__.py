@@ -80,6 +80,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "llava": _llava,
     "llava_llama": llava.processor,
     "llava_next": llava_hf.processor_next,
+    "llava_onevision": llava_hf.processor_onevision,
     "llavaonevision1_5": qwen_hf.processor_of_frames,
     "mistral": text.processor,
     "mobilevlm": llava.processor,
