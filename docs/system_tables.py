@@ -47,6 +47,12 @@ ROWS = (
         live="conversation to answer, and back",
     ),
     Row(
+        "LLaVA-OneVision (`transformers`)",
+        ("llava_onevision",),
+        "SigLIP tiles of one image, their grid resized to a maximum; one tile of each of several; pooled frames; Qwen2",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
         "LLaVA-OneVision 1.5",
         ("llavaonevision1_5", "rice_vit"),
         "native resolution with a class token per image (RICE-ViT), merger, Qwen3",
@@ -191,8 +197,9 @@ Golden arrays are outputs of the official implementations (`tests/golden`). Live
 `transformers`, saved and loaded here (`tests/parity`): from a conversation to the answer, compared with its own
 processor, the ids are equal, pixels within 1e-5, logits within 1e-4 of the largest, and 32 greedy ids equal, for text,
 one image, two, and a video; "and back" means that `transformers` reads the output of `save_pretrained` and gives the
-same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM), as
-frames and as files that PyAV decodes for both; frames are resized with torch's rounding, which differs from Pillow's.
+same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM,
+LLaVA-OneVision), as frames and, but for the last, as files that PyAV decodes for both; frames are resized with torch's
+rounding, which differs from Pillow's.
 
 A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
 c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.

@@ -340,6 +340,19 @@ class VisualPlaces:
     lengths: tuple[int, ...] = static_field(default=())
 
 
+@struct
+class Interpolation:
+    """Visual tokens that are weighted means of rows of the visual table, as those of a resized grid of tokens.
+
+    Attributes:
+      index: the rows; any row where the weight is 0.
+      weights: of each row; they sum to 1 for a visual token.
+    """
+
+    index: Int[Array, "*batch T 4"]
+    weights: Float[Array, "*batch T 4"]
+
+
 # Rotary positions: one per token, or three (temporal, row, column) as in M-RoPE.
 Positions = Int[Array, "B T"] | Int[Array, "B T 3"]
 
@@ -355,7 +368,8 @@ class Batch:
       visual_index: row of the example's visual table for the position, or -1 for text.
         Rows are the image tokens in order: for images of one size, image i's token m is row i * M + m;
         for packed patches, the tokens of the images are concatenated. In a model with
-        learned rows (`VLM.learned_rows`), these come first, and the image tokens follow.
+        learned rows (`VLM.learned_rows`), these come first, and the image tokens follow. With an
+        `interpolation` it is the row nearest to the token, a different one for each token.
       images: float32 pixels, normalised by the processor, or all images of an example packed into
         one sequence, or images at two sizes, or images and their tiles, or None for only text.
       targets: the id to predict at each position (already shifted), any id without weight.
@@ -367,6 +381,8 @@ class Batch:
         used.
       instruction: text input of a Q-Former, one row per image of the batch, else None.
       question: for a reducer that chooses by the question, that of every image of `images`, else None.
+      interpolation: for systems that resize grids of tokens, the rows that each visual token is computed from; else
+        None, and each is the row of its `visual_index`.
     """
 
     tokens: Int[Array, "B T"]
@@ -381,6 +397,7 @@ class Batch:
     visual_positions: Int[Array, "B R"] | Int[Array, "B R 3"] | None = None
     instruction: Instruction | None = None
     question: Question | None = None
+    interpolation: Interpolation | None = None
 
 
 @struct

@@ -152,6 +152,28 @@ FOLDERS = {
             "preprocessor_config.json": {**CROP, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
         },
     ),
+    "llava_onevision": Folder(
+        {
+            "model_type": "llava_onevision",
+            "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"},
+            "text_config": QWEN2,
+            **HEAD,
+        },
+        names={
+            "vision_tower.vision_model.embeddings.patch_embedding.weight": (1,),
+            "multi_modal_projector.linear_2.weight": (32, 32),
+            "image_newline": (32,),
+            **_LANGUAGE,
+        },
+        added=("<image>", "<video>"),
+        image="<image>",
+        files={
+            "preprocessor_config.json": {
+                "size": {"height": 16, "width": 16},
+                "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+            },
+        },
+    ),
     "mobilevlm": Folder({"vocab_size": VOCABULARY}, golden="mobilevlm_v2"),
     "qwen2_vl": Folder(
         {

@@ -57,6 +57,7 @@ TOKENS = {
     "llava": (16, 1),
     "llava_llama": (36, 1),
     "llava_next": (16, 3),
+    "llava_onevision": (16, 3),
     "llavaonevision1_5": (10, 1),
     "mobilevlm": (144, 1),
     "multi_modality": (144, 1),
@@ -335,6 +336,22 @@ def test_rows_give_what_each_gives_alone(name, cell, released, reduced, guided_b
     assert [len(row) for row in mixed] == [1, 1, 1] and len(packed) == 2
     for count, found in zip((0, 1, 3, 1, 3), (*(row[0] for row in mixed), *packed), strict=True):
         close(found, alone[count])
+
+
+def test_resized_grids_of_tokens_in_packed_rows(released):
+    """Two conversations in a row, of which the second has a resized grid, compared with a row of each."""
+    model = released("llava_onevision")
+    full = model.processor
+    processor = dataclasses.replace(full, views=dataclasses.replace(full.views, max_tiles=1))
+    examples, shape = examples_of("llava_onevision", processor)
+    assert example("llava_onevision", full, 1).visual_tokens == (16 + 4 * (8 + 1),)  # on the canvas, and newlines
+    assert examples[1].visual_tokens == (16 + 2 * (5 + 1),)
+    assert examples[3].visual_tokens == (17,) * 3
+    batch = processor.rows([[examples[3], examples[1]], [examples[3]], [examples[1]]], shape, targets=True)
+    logits, text = np.asarray(logits_of(model, batch)), batch.visual_index < 0
+    for number, alone in ((1, 1), (2, 2)):
+        packed = logits[0][text[0] & (batch.segment_ids[0] == number)]
+        close(packed, logits[alone][text[alone] & (batch.segment_ids[alone] == 1)])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -16,6 +16,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -75,7 +77,8 @@ def official(theirs, messages, images, return_tensors="np", **options):
     text = theirs.apply_chat_template(messages, add_generation_prompt=True)
     bos = theirs.tokenizer.bos_token
     special = {"add_special_tokens": False} if text.startswith(bos) else {}
-    return theirs(images=images or None, text=[text], return_tensors=return_tensors, **special, **options)
+    of_one = [images] if images else None  # as `apply_chat_template` passes those of one conversation
+    return theirs(images=of_one, text=[text], return_tensors=return_tensors, **special, **options)
 
 
 def official_video(theirs, messages, frames, fps, **metadata):
@@ -134,6 +137,35 @@ def llava_next_processor():
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
+    )
+
+
+# llava-hf/llava-onevision-qwen2-7b-ov-hf, chat_template.json.
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def llava_onevision_processor(chat_template=None):
+    """Tiles of 5x5 tokens, of which a canvas keeps about those of two."""
+    pinpoints = [[20, 20], [20, 40], [40, 20], [20, 60], [60, 40], [60, 60]]
+    size = {"size": {"height": 20, "width": 20}}
+    return transformers.LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pinpoints),
+        tokenizer(image_token="<image>", video_token="<video>"),
+        LlavaOnevisionVideoProcessor(**size, image_mean=[0.4, 0.5, 0.6]),
+        num_image_tokens=25,
+        vision_feature_select_strategy="full",
+        chat_template=chat_template or template("<image>"),
+        vision_aspect_ratio="anyres_max_2",
     )
 
 

@@ -14,6 +14,7 @@ from .processors import (
     idefics3_processor,
     internvl_processor,
     llava_next_processor,
+    llava_onevision_processor,
     llava_processor,
     ovis2_processor,
     qwen,
@@ -98,6 +99,20 @@ def llava_next(folder):
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
     )
     return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
+
+
+def llava_onevision(folder):
+    processor = llava_onevision_processor()
+    vocabulary = processor.tokenizer
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={**SIGLIP, "model_type": "siglip_vision_model", "image_size": 20},
+        text_config={"model_type": "qwen2", "vocab_size": len(vocabulary), **TEXT},
+        image_token_id=vocabulary.convert_tokens_to_ids("<image>"),
+        video_token_id=vocabulary.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        vision_aspect_ratio=processor.vision_aspect_ratio,
+    )
+    return saved(folder, processor, transformers.LlavaOnevisionForConditionalGeneration(config))
 
 
 def deepseek_vl(folder, tower=SIGLIP, **sections):

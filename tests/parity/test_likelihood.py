@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .processors import conversation, official, pictures
-from .systems import llava, qwen2_5_vl
+from .systems import llava, llava_onevision, qwen2_5_vl
 
 TEXTS = [" A cat.", "é 12", "no", " Is it?"]
 
@@ -30,6 +30,15 @@ def expected(system, messages, images, text):
 
 @pytest.mark.parametrize("count", (0, 2))
 def test_likelihoods_are_those_of_transformers(system, count):
+    check_likelihoods(system, count)
+
+
+@pytest.mark.parametrize("system", (llava_onevision,), indirect=True, ids=lambda made: made.__name__)
+def test_likelihoods_behind_a_resized_grid_of_tokens(system):
+    check_likelihoods(system, 1)
+
+
+def check_likelihoods(system, count):
     messages, images = conversation(count), pictures(count)
     found = system[2].log_likelihoods(messages, TEXTS, images)
     for text, one in zip(TEXTS, found, strict=True):

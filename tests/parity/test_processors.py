@@ -10,12 +10,14 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
-from vlm_jax.processors.video import SegmentSampler
+from vlm_jax.processors.video import EveryFrame, SegmentSampler
 
 from .processors import (
     ABOUT_A_VIDEO,
     INDICATORS,
+    ONEVISION_TEMPLATE,
     QWEN,
     SIZES,
     VISION,
@@ -25,6 +27,7 @@ from .processors import (
     frames,
     internvl_processor,
     llava_next_processor,
+    llava_onevision_processor,
     llava_processor,
     official,
     official_video,
@@ -111,6 +114,36 @@ def test_llava_next(tmp_path):
     same_ids(ours, expected)
     tiles = expected["pixel_values"].transpose(0, 1, 3, 4, 2).reshape(-1, 28, 28, 3)
     np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without padding
+
+
+def test_llava_onevision(tmp_path):
+    """A canvas for a single picture, one tile for each of several, every frame of a video; the release's template."""
+    theirs = llava_onevision_processor(ONEVISION_TEMPLATE)
+    vision = {"patch_size": 4, "image_size": 20}
+    aspect = {"vision_aspect_ratio": "anyres_max_2"}
+    folder, config = save(theirs, tmp_path, model_type="llava_onevision", vision_config=vision, **aspect)
+    processor = llava_hf.processor_onevision(folder, config)
+    tokens = set()
+    for number, picture in enumerate(pictures(len(SIZES))):
+        ours, expected = processor(conversation(1), [picture]), official(theirs, conversation(1), [picture])
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
+        (count,) = processor.count_visual_tokens([SIZES[number]])
+        assert count == int((ours.visual_index >= 0).sum())
+        tokens.add(count)
+        loads = processor.views.loads([SIZES[number]]), [ours.images.shape[1]]
+        assert loads[0] == loads[1] and ours.visual_index.max() <= 25 * loads[0][0]
+    assert len(tokens) > 3
+    ours, expected = processor(conversation(3), pictures(3)), official(theirs, conversation(3), pictures(3))
+    same_ids(ours, expected)
+    same_tiles(ours, expected)
+    assert processor.count_visual_tokens(SIZES[:3]) == [26] * 3
+    ours, expected = processor(ABOUT_A_VIDEO, [], [frames(5)]), official_video(theirs, ABOUT_A_VIDEO, frames(5), 2.0)
+    same_ids(ours, expected)
+    np.testing.assert_allclose(ours.images[0], np.moveaxis(expected["pixel_values_videos"][0], 1, -1), atol=1e-5)
+    assert isinstance(processor.frame_sampler, EveryFrame)
+    with pytest.raises(PretrainedError, match=r"vision_aspect_ratio: expected that of config\.json, 'anyres_max_9'"):
+        llava_hf.processor_onevision(folder, {**config, "vision_aspect_ratio": "anyres_max_9"})
 
 
 @pytest.mark.parametrize("kind", QWEN)

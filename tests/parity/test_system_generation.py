@@ -41,6 +41,7 @@ from .systems import (
     internvl_moe,
     llava,
     llava_next,
+    llava_onevision,
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
@@ -58,6 +59,7 @@ NEW = 32
 SYSTEMS = (
     llava,
     llava_next,
+    llava_onevision,
     deepseek_vl,
     deepseek_vl_hybrid,
     idefics3,
@@ -72,7 +74,7 @@ SYSTEMS = (
 )
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+VIDEOS = ("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
 FPS = 2.0
@@ -132,13 +134,24 @@ def same_pixels(ours, theirs, kind):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_from_a_conversation_to_the_answer(system, name):
-    """Ids, pixels, logits, the answer's ids and its text."""
     messages, images, videos = INPUTS[name]
-    theirs, model, ours = system
+    _, model, ours = system
     if videos and model.config.model_type not in VIDEOS:
         with pytest.raises(ValueError, match="does not support videos"):
             ours.processor(messages, images, videos)
         return
+    check_answer(system, messages, images, videos)
+
+
+@pytest.mark.parametrize("system", (llava_onevision,), indirect=True, ids=lambda made: made.__name__)
+def test_a_single_image_on_a_canvas_of_fewer_tokens(system):
+    """Two images are one tile each in this system."""
+    check_answer(system, conversation(1), pictures(1))
+
+
+def check_answer(system, messages, images, videos=()):
+    """Ids, pixels, logits, the answer's ids and its text."""
+    theirs, model, ours = system
     inputs, given = prepared(system, messages, images, videos)
     batch = ours.processor(messages, images, videos, fps=FPS)
     same_ids(batch, inputs)
@@ -178,7 +191,7 @@ def test_answers_of_a_ragged_batch(system):
     batch = ours.processor.batch(*zip(*given, strict=True))
     for row, segments, each in zip(batch.tokens, batch.segment_ids, given, strict=True):
         np.testing.assert_array_equal(row[segments > 0], prepared(system, *each)[0]["input_ids"][0])
-    assert (batch.segment_ids[0] == 0).any()
+    assert (batch.segment_ids == 0).any()
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=ours.end_ids, max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
 

@@ -36,6 +36,7 @@ from .systems import (
     internvl,
     llava,
     llava_next,
+    llava_onevision,
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
@@ -47,6 +48,7 @@ from .systems import (
 SYSTEMS = (
     llava,
     llava_next,
+    llava_onevision,
     deepseek_vl,
     deepseek_vl_hybrid,
     idefics3,

@@ -98,6 +98,10 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
         _MISTRAL_7B + 2 * 64 * 4096 + _CLIP_L_336 + 5121 * 4096 + 4096 + 4096,
         _CLIP_UNUSED,
     ),
+    # SigLIP's last norm is not used.
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (893_675_552, 2304),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (8_030_807_584, 2304),
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": (73_181_570_592, 2304),
     # 4.7 and 8.5 billion by the README: Qwen3, of 4B with a head of its own; CLIP's tower without positions and its
     # last norm but with the angles of its class token; a merger of a norm and two linear layers.
     "lmms-lab/LLaVA-OneVision-1.5-4B-Instruct": (_QWEN3_4B + 151_936 * 2560 + _RICE + 4097 * 2560, 0),
@@ -144,6 +148,7 @@ def test_another_name_is_refused_with_the_nearest():
     ("name", "side", "count"),
     [
         ("llava-hf/llava-1.5-7b-hf", 336, 576),
+        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 384, 729),  # of a tile
         ("mtgv/MobileVLM_V2-1.7B", 336, 144),
         ("Qwen/Qwen-VL", 448, 256),
         ("OpenGVLab/InternVL3-8B", 448, 256),  # of a tile

@@ -1,5 +1,7 @@
 """Tiled views: layouts written out by hand, and tiles combined again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,6 +148,34 @@ def test_borders_of_a_canvas_take_no_place():
 def test_one_tile_ends_in_the_learned_row():
     (layout,) = anyres("spatial_unpad", canvases=()).layouts([(50, 100)])
     np.testing.assert_array_equal(layout, [0, 1, 2, 3, -1])
+
+
+def test_bounds_on_a_resized_grid_hold_for_every_picture():
+    """A grid just below the maximum keeps its size, and takes more than a larger one that is resized."""
+    canvases = tuple((8 * rows, 8 * cols) for rows in range(1, 4) for cols in range(1, 4))
+    views = anyres("spatial_unpad", canvases, max_tiles=2)
+    sizes = [(20, width) for width in range(5, 80, 5)]
+    counts = {}
+    for most in (12, 16, 30):
+        found = [len(views.within(most).layouts([size])[0]) for size in sizes]
+        assert max(found) <= most
+        counts[most] = max(found)
+    assert counts[30] == max(len(views.layouts([size])[0]) for size in sizes) > counts[12]
+    with pytest.raises(ValueError, match="at least 10 visual tokens, more than the 9 allowed"):
+        views.within(9)
+
+
+def test_fewer_frames_are_left_of_a_pooled_video():
+    views = dataclasses.replace(anyres("spatial_unpad"), frames=SquareViews(Pixels(), (8, 8), 4))
+    frames = [picture(8, 8) for _ in range(5)]
+    (seen,) = views.video(frames, None, 4)  # one token of each frame, and the learned row
+    np.testing.assert_allclose(seen.pixels[1], np.asarray(frames[1]) / 255, atol=1e-6)
+    np.testing.assert_array_equal(seen.layout, [3, 7, 11, -1])  # the nearest of four tokens
+    np.testing.assert_array_equal(seen.interpolation.index[1], [4, 5, 6, 7])
+    np.testing.assert_array_equal(seen.interpolation.weights, [[0.25] * 4] * 3 + [[1, 0, 0, 0]])
+    assert views.video_load(5, (8, 8), 4) == 3 == views.retokened(1).video_load(5, (8, 8), 3)
+    with pytest.raises(ValueError, match="a video takes at least 2 visual tokens, more than the 1 allowed"):
+        views.video(frames, None, 1)
 
 
 def test_batches_are_filled_up_with_blank_tiles():

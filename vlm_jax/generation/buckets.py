@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.sharding.rules import BATCH_AXES
-from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, Fields, VisualPlaces
+from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, Fields, Interpolation, VisualPlaces
 
 SHORTEST_BUCKET = 16
 CACHE_MULTIPLE = 32  # cache lengths are multiples of it, so that a few more new tokens need no compilation
@@ -82,7 +82,8 @@ def fitted(
         array = np.asarray(array)
         return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
 
-    needed = {name: padded(name) for name in FILL}
+    needed: Fields = {name: padded(name) for name in FILL}
+    needed["interpolation"] = _padded(batch.interpolation, padding, 0)
     places = None if batch.places is None else _shifted(batch.places, padding, length + padding)
     return dataclasses.replace(batch, **needed, places=places, targets=None, loss_weights=None), cache_length
 
@@ -105,7 +106,14 @@ def lengthened(batch: Batch, length: int) -> Batch:
         ranking = np.pad(np.asarray(places.ranking), ((0, 0), (0, padding)))
         lengths = tuple(min(bucket(kept, None, ""), length) for kept in places.lengths)
         places = VisualPlaces(index, ranking, lengths)
-    return dataclasses.replace(batch, **{name: padded(name) for name in names}, places=places)
+    needed: Fields = {name: padded(name) for name in names}
+    needed["interpolation"] = _padded(batch.interpolation, 0, padding)
+    return dataclasses.replace(batch, **needed, places=places)
+
+
+def _padded(given: Interpolation | None, before: int, after: int) -> Interpolation | None:
+    """The rows of visual tokens, with none for added positions."""
+    return jax.tree.map(lambda leaf: np.pad(np.asarray(leaf), ((0, 0), (before, after), (0, 0))), given)
 
 
 def _shifted(places: VisualPlaces, padding: int, length: int) -> VisualPlaces:

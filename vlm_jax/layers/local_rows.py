@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from vlm_jax import axes
 from vlm_jax.layers.mesh_axes import active_mesh, num_shards, spec_of
@@ -41,6 +41,23 @@ def local_rows(tables: Tables, index: Int[Array, "B T"]) -> Tables:
     batch, length = spec_of((axes.BATCH, axes.LENGTH), index.shape, mesh)
     rows = PartitionSpec(batch, length if num_shards(length, mesh) > 1 else None)  # else no gradient is to be summed
     return jax.shard_map(take, mesh=mesh, in_specs=(PartitionSpec(batch), rows), out_specs=rows)(tables, index)
+
+
+def interpolated_rows(
+    table: Float[Array, "B R D"], index: Int[Array, "B T K"], weights: Float[Array, "B T K"]
+) -> Float[Array, "B T D"]:
+    """Weighted means of K rows of a table each, summed in float32, in the table's dtype; see `local_rows`.
+
+    Args:
+      table: of every row of the batch.
+      index: from 0 to R - 1.
+      weights: of the rows.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for number in range(index.shape[-1]):  # one after another, so that only one gathered copy is held
+        (rows,) = local_rows((table,), index[..., number])
+        total = total + weights[..., number, None] * rows.astype(jnp.float32)
+    return total.astype(table.dtype)
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
-from vlm_jax.layers.local_rows import local_rows, on_own_device
+from vlm_jax.layers.local_rows import interpolated_rows, local_rows, on_own_device
 from vlm_jax.models.guide import Guide
 from vlm_jax.reducers.behind_connector import kept_levels, positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
@@ -272,14 +272,19 @@ class VLM(nn.Module):
             flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
         )
         table, real, num_learned = self.table(visual, size, text.dtype)
-        index, levels = jnp.maximum(batch.visual_index, 0), None
-        if visual.levels is None:
-            rows, shown = local_rows((table, real), index)
-        else:
+        tables, levels = (table,), None
+        if visual.levels is not None:
             added = visual.levels.reshape(size, -1, visual.levels.shape[-1]).astype(text.dtype)
-            added = jnp.pad(added, ((0, 0), (num_learned, 0), (0, 0)))
-            rows, shown, levels = local_rows((table, real, added), index)
-            levels = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, 0, levels)
+            tables = (table, jnp.pad(added, ((0, 0), (num_learned, 0), (0, 0))))
+        index = jnp.maximum(batch.visual_index, 0)
+        if batch.interpolation is None:
+            shown, rows, *rest = local_rows((real, *tables), index)
+        else:
+            (shown,) = local_rows((real,), index)
+            of_rows = jnp.asarray(batch.interpolation.index), jnp.asarray(batch.interpolation.weights)
+            rows, *rest = (interpolated_rows(one, *of_rows) for one in tables)
+        if rest:
+            levels = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, 0, rest[0])
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
         positions, places = without_masked(batch, segments), None
         if batch.visual_positions is not None and visual.kept is not None:

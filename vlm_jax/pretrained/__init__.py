@@ -90,6 +90,7 @@ _OWN: Mapping[str, Family] = {
     "llava": llava_hf.describe,
     "llava_llama": llava.describe,
     "llava_next": llava_hf.describe,
+    "llava_onevision": llava_hf.describe,
     "llavaonevision1_5": llava_onevision15.describe,
     "mobilevlm": llava.describe,
     "multi_modality": deepseek_vl.describe,

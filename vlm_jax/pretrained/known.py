@@ -51,6 +51,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "vit": ("pooler.dense.weight",),
 }
 _KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
+_KEYS["llava_onevision"] = (
+    *_KEYS["llava"][:2],
+    "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "image_newline",
+)
 
 
 def known_configs() -> tuple[str, ...]:
@@ -96,7 +101,7 @@ def _stand_ins(config: Config) -> dict[str, np.ndarray]:
     """The tensors that a family reads, as zeros that take no memory."""
     kind = marker(config)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_KEYS.get(kind, ()), (1,))
-    if kind in ("llava", "llava_next"):  # read for the width of the language model
+    if kind in ("llava", "llava_next", "llava_onevision"):  # read for the width of the language model
         width = config["text_config"]["hidden_size"]
         shapes["multi_modal_projector.linear_2.weight"] = (width, width)
     return {key: np.broadcast_to(np.zeros((), np.float32), shape) for key, shape in shapes.items()}

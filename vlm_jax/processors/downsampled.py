@@ -55,6 +55,11 @@ class DownsampledViews(Tiles):
         """Visual tokens of a tile."""
         return self.base.tile_tokens
 
+    @property
+    def interpolates(self) -> bool:
+        """As `base`."""
+        return self.base.interpolates
+
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """The pictures of a conversation."""
         return [self._smaller(image) for image in self.base.images(pictures)]

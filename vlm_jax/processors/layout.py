@@ -6,13 +6,13 @@ a row of the visual table, which this file writes.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, Interpolation
 
 
 class SequenceTooLong(ValueError):
@@ -48,6 +48,7 @@ class Visual:
       positions: of every token, from 0, on one axis or as (time, row, column); None for consecutive ones as for text.
       before: where a reducer keeps positions of tokens, the positions of all tokens before it, from 0.
       extent: offset of the positions after the run; max(positions) + 1 when None.
+      interpolation: the rows of which each token is a weighted mean; None where each is that of `rows`.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
@@ -55,6 +56,7 @@ class Visual:
     positions: Int[np.ndarray, "n"] | Int[np.ndarray, "n 3"] | None = None
     before: Int[np.ndarray, "m"] | Int[np.ndarray, "m 3"] | None = None
     extent: int | None = None
+    interpolation: Interpolation | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +72,7 @@ def lay_out(
     pad_id: int,
     pad_side: Literal["right", "left"] = "right",
     rotary_3d: bool = False,
+    interpolates: bool = False,
 ) -> Batch:
     """Writes examples one after another into one row, padded to `length`, as a batch of one.
 
@@ -79,6 +82,7 @@ def lay_out(
       pad_id: id of padding, and target where there is nothing to predict.
       pad_side: "right" for training; "left" for prompts, so that all end at the last position.
       rotary_3d: positions have three axes.
+      interpolates: whether the batch has an `interpolation`, with or without tokens that need one.
 
     Returns:
       A Batch with B = 1 and without images; all fields are numpy arrays [1, length], int32, and
@@ -109,7 +113,27 @@ def lay_out(
         targets=written([_next(segment.ids, pad_id) for segment in segments], pad_id),
         loss_weights=written([_next(segment.learned, 0) for segment in segments], 0, np.float32),
         visual_positions=np.concatenate(before)[None] if (before := [x for s in segments for x in s.before]) else None,
+        interpolation=_interpolation(examples, written) if interpolates else None,
     )
+
+
+def _interpolation(examples: Sequence[Pieces], written: Callable[..., np.ndarray]) -> Interpolation:
+    """The rows of every position; for a token that is a row itself, this row alone."""
+    index, weights = [np.zeros((0, 4), np.int32)], [np.zeros((0, 4), np.float32)]
+    for piece in (piece for pieces in examples for piece in pieces):
+        own = piece.interpolation if isinstance(piece, Visual) else None
+        if own is None:
+            rows = piece.rows if isinstance(piece, Visual) else np.zeros(len(piece), np.int32)
+            own = rows_alone(np.asarray(rows), float(isinstance(piece, Visual)))
+        index.append(np.asarray(own.index))
+        weights.append(np.asarray(own.weights))
+    return Interpolation(written(index, 0), written(weights, 0, np.float32))
+
+
+def rows_alone(rows: Int[np.ndarray, "n"], weight: float = 1.0) -> Interpolation:
+    """The interpolation of tokens that are rows themselves."""
+    first = np.array([1, 0, 0, 0])
+    return Interpolation(rows[:, None] * first, np.tile(np.float32(weight) * first.astype(np.float32), (len(rows), 1)))
 
 
 def _written(length: int, start: int, parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:

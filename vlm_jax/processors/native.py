@@ -146,6 +146,11 @@ class NativeViews:
         """As in `Views`."""
         return self.format.temporal_patch_size
 
+    @property
+    def interpolates(self) -> bool:
+        """False: every token is a row."""
+        return False
+
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares every image independently."""
         return [

@@ -243,6 +243,7 @@ class Processor:
                 pad_id=self.pad_id,
                 pad_side="right" if targets else "left",
                 rotary_3d=self.rotary_3d,
+                interpolates=self.views.interpolates,
             )
             for row in rows
         ]
@@ -251,6 +252,8 @@ class Processor:
         joined = dataclasses.replace(_joined(laid, targets and self.prompt.independent_turns), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
+        if pictures is None:
+            joined = dataclasses.replace(joined, interpolation=None)
         if self.reduction is None:
             return joined
         tokens = [[one for example in row for one in example.tokens] for row in rows]
@@ -268,8 +271,10 @@ class Processor:
             pieces: list[Text | Visual] = []
             for piece in example.pieces:
                 if isinstance(piece, Visual):
-                    own = np.asarray(piece.rows)
-                    piece = dataclasses.replace(piece, rows=np.where(own < 0, -1 - own, own + start))
+                    own, mixed = np.asarray(piece.rows), piece.interpolation
+                    if mixed is not None:
+                        mixed = dataclasses.replace(mixed, index=_in_table(np.asarray(mixed.index), start))
+                    piece = dataclasses.replace(piece, rows=_in_table(own, start), interpolation=mixed)
                 pieces.append(piece)
             placed.append(pieces)
             start += sum(image.num_rows for image in example.images)
@@ -648,7 +653,12 @@ class Processor:
             ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
                 ids = np.where(layout < 0, np.take(self.learned_ids, -1 - layout, mode="clip"), ids)
-            filled.append(Visual(np.where(layout < 0, layout, layout + start), ids, **self._positions(place)))
+            rows, mixed = np.where(layout < 0, layout, layout + start), None
+            if place.prepared is not None and place.prepared.interpolation is not None:
+                mixed = place.prepared.interpolation
+                own = np.asarray(mixed.index)
+                mixed = dataclasses.replace(mixed, index=np.where(own < 0, own, own + start))
+            filled.append(Visual(rows, ids, **self._positions(place), interpolation=mixed))
             order.append(place)
             start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order
@@ -663,6 +673,11 @@ class Processor:
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
+
+
+def _in_table(rows: np.ndarray, start: int) -> np.ndarray:
+    """Rows of one example's images as rows of the visual table, where these begin at `start` and learned rows at 0."""
+    return np.where(rows < 0, -1 - rows, rows + start)
 
 
 def _duration(size: VideoSize) -> float:

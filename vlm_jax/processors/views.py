@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.tiling import Size
-from vlm_jax.types import Grid, PackedPatches, TwoSizes, WholesAndTiles
+from vlm_jax.types import Grid, Interpolation, PackedPatches, TwoSizes, WholesAndTiles
 
 # For every position in order: the image's visual token r as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "_"]
@@ -100,6 +100,8 @@ class PreparedImage:
       positions: (time, row, column) of every token before a reducer, from 0, where text has positions of three axes.
       low: the same tiles at a lower resolution, for an encoder that takes both.
       parts: where `pixels` is the image as a whole, its tiles at another size; None without them.
+      interpolation: the rows of which each token of `layout` is a weighted mean, learned rows as there; None where
+        each is the row of `layout`.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -109,6 +111,7 @@ class PreparedImage:
     positions: Int[np.ndarray, "m 3"] | None = None
     low: Float[np.ndarray, "tiles height width channels"] | None = None
     parts: Float[np.ndarray, "parts part_height part_width channels"] | None = None
+    interpolation: Interpolation | None = None
 
     def in_tiles(self, count: int) -> list["PreparedImage"]:
         """Each of its `count` tiles as an image of its own, all laid out as the first."""
@@ -136,6 +139,11 @@ class Views(Protocol):
     @property
     def frames_per_part(self) -> int:
         """Frames of a part of a video that has a position of its own in the text."""
+        ...
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether tokens may be weighted means of rows of the visual table: all batches then say of which."""
         ...
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
@@ -248,6 +256,11 @@ class Tiles(abc.ABC):
     def frames_per_part(self) -> int:
         """1: a frame is an image."""
         return 1
+
+    @property
+    def interpolates(self) -> bool:
+        """False: every token is a row."""
+        return False
 
     @property
     @abc.abstractmethod
