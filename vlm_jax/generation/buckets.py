@@ -80,9 +80,9 @@ def fitted(
         if not padding:
             return array
         array = np.asarray(array)
-        return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
+        return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL.get(name, 0))
 
-    needed = {name: padded(name) for name in FILL}
+    needed = {name: padded(name) for name in _columns(batch)}
     places = None if batch.places is None else _shifted(batch.places, padding, length + padding)
     return dataclasses.replace(batch, **needed, places=places, targets=None, loss_weights=None), cache_length
 
@@ -97,7 +97,7 @@ def lengthened(batch: Batch, length: int) -> Batch:
         array = np.asarray(getattr(batch, name))
         return np.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL.get(name, 0))
 
-    names = [*FILL, "targets", "loss_weights", *(["branch_ids"] if batch.branch_ids is not None else [])]
+    names = [*_columns(batch), "targets", "loss_weights", *(["branch_ids"] if batch.branch_ids is not None else [])]
     places = batch.places
     if places is not None:
         index = np.asarray(places.index)
@@ -106,6 +106,11 @@ def lengthened(batch: Batch, length: int) -> Batch:
         lengths = tuple(min(bucket(kept, None, ""), length) for kept in places.lengths)
         places = VisualPlaces(index, ranking, lengths)
     return dataclasses.replace(batch, **{name: padded(name) for name in names}, places=places)
+
+
+def _columns(batch: Batch) -> list[str]:
+    """The arrays of a prompt with a column for each position."""
+    return [*FILL, *(["group_ids"] if batch.group_ids is not None else [])]
 
 
 def _shifted(places: VisualPlaces, padding: int, length: int) -> VisualPlaces:

@@ -19,7 +19,7 @@ from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import PretrainedError, text_section
+from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.known import describe_known, known_config
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
@@ -37,6 +37,8 @@ from vlm_jax.types import Config, Dtype, Tree
 # Of a packed image where no token budget bounds it; the most that the processors of Qwen2.5-VL and Ovis 2.5 allow.
 MAX_PIXELS = 16384 * 28 * 28
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
+# Systems in which the tokens of an image attend to each other in both directions; see `Processor.grouped`.
+GROUPED = frozenset({"gemma3"})
 
 
 def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
@@ -76,8 +78,8 @@ def _conversations(name: str, model: VLM, config: Config) -> Processor:
     sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
     rotary_3d = "mrope_section" in sections
     views = _views(name, model, rotary_3d)
-    learned = model.num_learned_rows
-    return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, num_learned=learned, rotary_3d=rotary_3d)
+    own = {"num_learned": model.num_learned_rows, "rotary_3d": rotary_3d, "grouped": marker(config) in GROUPED}
+    return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, **own)
 
 
 def _views(name: str, model: VLM, rotary_3d: bool) -> Views:
