@@ -206,9 +206,9 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
         """Runs T positions, after those in the cache when there is one.
 
         `branch_ids` is for sequences without a cache, `group_ids` for those without one or with an empty one; see
-        `types.Batch`. With `places` visual tokens are
-        dropped at `drops`; the cache must then be empty and created for these places. `levels` are added to the outputs
-        of the first blocks, at positions that are left: D channels for each block, concatenated.
+        `types.Batch`. With `places` visual tokens are dropped at `drops`; the cache must then be empty and created for
+        these places. `levels` are added to the outputs of the first blocks, at positions that are left: D channels for
+        each block, concatenated.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.

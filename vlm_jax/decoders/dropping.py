@@ -239,7 +239,7 @@ class DropsTokens:
           ValueError: groups of positions after those in a cache.
         """
         if group_ids is not None and cache is not None and not cache.is_empty:
-            raise ValueError("group_ids: expected None after a prompt in the cache, whose groups are whole; got groups")
+            raise ValueError("group_ids: expected None after a prompt in the cache, whose groups are whole, got groups")
         every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
         lengths, cache = rotary_lengths(self.ropes, positions, segment_ids, cache)
         angles, scale = self._angles(positions, lengths), self.query_scale(positions)

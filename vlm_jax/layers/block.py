@@ -316,7 +316,7 @@ class TransformerStack(nn.Module):
     def _params(self, x: jax.Array) -> Params:
         """The stacked parameters; at initialisation they are sampled as usual."""
         if self.is_initializing() and not self.has_variable("params", "layers"):
-            self(x[:, :1], Context("full"))
+            self(x[:, :1], Context("causal"))  # which windows need
         return nn.meta.unbox(self.variables["params"]["layers"])
 
     def _apply(self, params: Params, *args: Tree, mutable: Sequence[str] = (), **kwargs: Any) -> Tree:
