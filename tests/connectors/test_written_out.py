@@ -60,8 +60,9 @@ def layer_norm(x, p, epsilon):
 
 
 def test_pool_with_a_norm_and_one_layer_without_bias():
-    x, _ = example((4, 6))
-    got, p = run(Pool(WIDTH, (2, 3), norm="rms_from_one", norm_epsilon=1e-3, depth=1, use_bias=False), x)
+    x, mask = example((4, 6))
+    pool = Pool(WIDTH, (2, 3), norm="rms_from_one", norm_epsilon=1e-3, depth=1, use_bias=False)
+    got, p = run(pool, x, np.ones_like(mask))
     mean = x.reshape(2, 2, 2, 3, 2, -1).mean((2, 4)).reshape(2, 6, -1)
     normed = mean / np.sqrt((mean**2).mean(-1, keepdims=True) + 1e-3) * (1 + p["norm"]["scale"])
     np.testing.assert_allclose(got, normed @ p["mlp"]["down"]["kernel"], atol=1e-5)

@@ -82,13 +82,20 @@ MODELS = {
             "sliding_window": 4,
             "sliding_window_pattern": 2,
             "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            "tie_word_embeddings": False,  # a tied random head says what it was last told
             "bos_token_id": None,
             "pad_token_id": None,
         },
     ),
     "gemma3, only local blocks": (
         transformers.Gemma3ForCausalLM,
-        {"head_dim": 12, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3, "pad_token_id": None},
+        {
+            "head_dim": 12,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 3,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
     ),
     "mistral": (transformers.MistralForCausalLM, {"sliding_window": 4}),
     "qwen2": (transformers.Qwen2ForCausalLM, {}),

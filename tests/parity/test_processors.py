@@ -243,7 +243,7 @@ def test_gemma3_with_pan_and_scan(tmp_path):
         same_tiles(batch, inputs)
         np.testing.assert_array_equal(batch.group_ids > 0, inputs["token_type_ids"])
         check_rows(batch, theirs.tokenizer.image_token_id, 4 * len(inputs["pixel_values"]))
-    assert batch.images.shape[1] == 5 + 7
+    assert batch.images.shape[1] == 5 + 2 + 3 + 0 + 3 + 2
 
 
 @pytest.mark.parametrize("tiles", [False, True])
