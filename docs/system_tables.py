@@ -115,6 +115,12 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
+        "Gemma 3",
+        ("gemma3",),
+        "SigLIP, mean pooling, norm and projection, Gemma with local and global layers, both-ways attention in images",
+        live="conversation to answer, and back",
+    ),
+    Row(
         "Idefics3, SmolVLM, SmolVLM2",
         ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"),
         "SigLIP tiles named in the text, pixel shuffle, Llama; SmolVLM: videos as frames with their times",
@@ -134,10 +140,11 @@ ROWS = (
         "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
     ),
     Row(
-        "Llama, Mistral, Qwen2, Qwen3, InternLM2, DeepSeek-V2",
+        "Llama, Mistral, Qwen2, Qwen3, Gemma 3, InternLM2, DeepSeek-V2",
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
+            "gemma3_text",
         ),
         "only the language model",
         "InternLM2 inside InternVL",

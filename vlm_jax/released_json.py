@@ -136,7 +136,7 @@ FORMS: dict[str, Form] = _table(
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
-        text_hidden_size""",
+        text_hidden_size sliding_window_pattern mm_tokens_per_image""",
     ),
     (
         COUNT | NULL,
@@ -170,11 +170,11 @@ FORMS: dict[str, Form] = _table(
     (
         POSITIVE,
         """temperature_init rope_theta rotary_emb_base rotary_pct tau mlp_ratio
-        downsample_ratio routed_scaling_factor""",
+        downsample_ratio routed_scaling_factor rope_local_base_freq query_pre_attn_scalar""",
     ),
     (number(0, 1, above=True), "layer_norm_eps rms_norm_eps layer_norm_epsilon"),
     (NUMBER, "initializer_factor layerscale_value logit_scale_init_value aux_loss_alpha"),
-    (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor"),
+    (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor final_logit_softcapping"),
     # config.json: flags and names
     (
         FLAG,
@@ -186,7 +186,7 @@ FORMS: dict[str, Form] = _table(
     ),
     (
         TEXT,
-        """model_type model_name hidden_act norm_type mm_projector_type mm_vision_select_feature
+        """model_type model_name hidden_act hidden_activation norm_type mm_projector_type mm_vision_select_feature
         projector_type concat_type ps_version scoring_func select_feature pooler_act projector_hidden_act s2_scales
         tile_tag tokenize_function topk_method vision_feature_select_strategy cls posemb pool_type text_model
         image_model global_view_pos vision_aspect_ratio""",
@@ -220,11 +220,15 @@ FORMS: dict[str, Form] = _table(
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token cap_pixels_per_frame do_image_splitting crop_mode""",
+        add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan
+        use_bidirectional_attention""",
     ),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
     (AREA | NULL, "num_frames min_frames max_frames max_video_tokens"),
+    (SIDE | NULL, "pan_and_scan_min_crop_size"),
+    (whole(1, 256) | NULL, "pan_and_scan_max_num_crops"),
+    (POSITIVE | NULL, "pan_and_scan_min_ratio_to_activate"),
     (whole(1, 1 << 16) | NULL, "image_seq_length image_seq_len num_image_tokens min_size"),
     (list_of(whole(0, 255), 3) | NULL, "background_color"),
     (list_of(PAIR), "candidate_resolutions"),

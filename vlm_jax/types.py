@@ -375,6 +375,8 @@ class Batch:
       targets: the id to predict at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
       branch_ids: None, or a branch per position, which attends to branch 0 and its own branch in its segment.
+      group_ids: None, or a group per position: consecutive positions of one id other than 0 attend to each other in
+        both directions, as the tokens of an image do in some systems.
       places: for decoders that drop visual tokens between layers, else None.
       visual_positions: where a reducer keeps positions of tokens, the position of every token
         before the reducer, as indexed by `kept` (for tiles, tile after tile); else None, and `positions` are
@@ -393,6 +395,7 @@ class Batch:
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None
+    group_ids: Int[Array, "B T"] | None = None
     places: VisualPlaces | None = None
     visual_positions: Int[Array, "B R"] | Int[Array, "B R 3"] | None = None
     instruction: Instruction | None = None

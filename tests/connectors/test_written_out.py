@@ -59,6 +59,16 @@ def layer_norm(x, p, epsilon):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
 
 
+def test_pool_with_a_norm_and_one_layer_without_bias():
+    x, mask = example((4, 6))
+    pool = Pool(WIDTH, (2, 3), norm="rms_from_one", norm_epsilon=1e-3, depth=1, use_bias=False)
+    got, p = run(pool, x, np.ones_like(mask))
+    mean = x.reshape(2, 2, 2, 3, 2, -1).mean((2, 4)).reshape(2, 6, -1)
+    normed = mean / np.sqrt((mean**2).mean(-1, keepdims=True) + 1e-3) * (1 + p["norm"]["scale"])
+    np.testing.assert_allclose(got, normed @ p["mlp"]["down"]["kernel"], atol=1e-5)
+    assert set(p["mlp"]["down"]) == {"kernel"}
+
+
 @pytest.mark.parametrize(("grid", "output"), [((4, 6), (2, 3)), ((5, 7), (2, 3)), ((3, 4), (3, 4))])
 def test_pool_averages_the_real_features_of_a_window(grid, output):
     x, mask = example(grid)

@@ -122,6 +122,11 @@ _IDEFICS3 = {
     "model.text_model.embed_tokens.weight": (1, 1),
     "lm_head.weight": (1, 1),
 }
+_GEMMA3 = {
+    "model.vision_tower.embeddings.patch_embedding.weight": (1,),
+    "model.multi_modal_projector.mm_input_projection_weight": (1, 1),
+    "model.language_model.embed_tokens.weight": (1, 1),
+}
 _SPLIT_TAGS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
 _SPLIT_FILES = {
     "preprocessor_config.json": {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
@@ -240,6 +245,31 @@ FOLDERS = {
         added=QWEN_TAGS,
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
+    ),
+    "gemma3": Folder(
+        {
+            "model_type": "gemma3",
+            "vision_config": {**SIGLIP, "image_size": 32, "vision_use_head": False},
+            "text_config": {
+                **TEXT,
+                "model_type": "gemma3_text",
+                "head_dim": 8,
+                "sliding_window": 6,
+                "sliding_window_pattern": 2,
+            },
+            "mm_tokens_per_image": 16,
+        },
+        names=_GEMMA3,
+        added=("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+        image="<start_of_image>",
+        files={
+            "preprocessor_config.json": {
+                "size": {"height": 32, "width": 32},
+                "do_pan_and_scan": True,
+                "pan_and_scan_min_crop_size": 8,
+            },
+            "processor_config.json": {"image_seq_length": 16},
+        },
     ),
     "idefics3": Folder(
         {

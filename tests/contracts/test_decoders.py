@@ -43,7 +43,19 @@ OPTIONS = {
             "tie_embeddings": True,
         },
     ),
-    "transformer with a window": ("transformer", {"windows": (None, 3)}),
+    "transformer with a local block, norms from one and of outputs, scaled embeddings": (
+        "transformer",
+        {
+            "windows": (None, 3),
+            "rope": Rope(100.0, "linear", factor=2.0),
+            "local_rope": Rope(10.0),
+            "norm": "rms_from_one",
+            "post_norm": True,
+            "qk_norm": True,
+            "qk_scale": 0.5,
+            "embedding_scale": 4.0,
+        },
+    ),
 }
 CASES = {**{kind: (kind, {}) for kind in DECODERS}, **OPTIONS}
 
@@ -160,6 +172,31 @@ def test_a_branch_reads_the_prefix_and_itself(kind, text):
     first, second = text[:5], np.concatenate([text[:3], text[5:]])
     np.testing.assert_allclose(together[:, :5], alone(kind, first), atol=2e-5)
     np.testing.assert_allclose(together[:, 5:], alone(kind, second)[:, 3:], atol=2e-5)
+
+
+def grouped(decoder, tokens, positions, segments, groups, cache=None):
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache, group_ids=groups)
+    return decoder.logits(hidden), cache
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, list(OPTIONS)[-1]])
+def test_positions_of_a_group_read_each_other(kind, text):
+    """What changes at the end of a group is read from its start on, and of one position it is what it is alone."""
+    tokens, positions, segments = row(text)
+    groups = jnp.array([[0, 2, 0, 5, 5, 5, 7, 0]])
+    changed = text.copy()
+    changed[5] = (changed[5] + 1) % VOCAB
+    before, none = run(kind, grouped)(tokens, positions, segments, groups)
+    after, _ = run(kind, grouped)(row(changed)[0], positions, segments, groups)
+    assert none is None
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert (np.abs(before - after).max(-1)[:, 3:] > 1e-4).all()
+    np.testing.assert_allclose(before[:, :3], run(kind)(*row(text))[:, :3], atol=2e-5)
+    decoder, boxed = made(kind)
+    cached, cache = run(kind, grouped)(tokens, positions, segments, groups, decoder.init_cache(1, LENGTH + 2))
+    np.testing.assert_allclose(cached, before, atol=2e-5)
+    with pytest.raises(ValueError, match="group_ids: expected None after a prompt"):
+        jax.eval_shape(functools.partial(decoder.apply, method=grouped), boxed, *row(text), groups, cache)
 
 
 @every_kind

@@ -51,6 +51,7 @@ TOKENS = {
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
     "deepseek_vl_v2": (4, 2),
+    "gemma3": (16, 3),
     "idefics3": (4, 3),
     "internvl": (4, 3),
     "internvl_chat": (16, 3),
@@ -79,7 +80,7 @@ REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},
-    **{(name, "tome"): _GRID for name in ("idefics3", "ovis", "ovis2", "qwen")},
+    **{(name, "tome"): _GRID for name in ("gemma3", "idefics3", "ovis", "ovis2", "qwen")},
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
     **{(name, "tome"): "has no blocks of its own" for name in ("deepseek_ocr", "deepseek_vl_hybrid")},
@@ -125,10 +126,11 @@ def jitted(module, method=None):
 
 @functools.cache
 def decoded(decoder):
-    """A function of the decoder's parameters, embeddings and branches that gives logits."""
+    """A function of the decoder's parameters, embeddings, branches and groups that gives logits."""
 
-    def run(module, given, branches):
-        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels)
+    def run(module, given, branches, groups):
+        marks = {"branch_ids": branches, "levels": given.levels, "group_ids": groups}
+        hidden, _ = module(given.x, given.positions, given.segment_ids, **marks)
         return module.logits(hidden)
 
     return jax.jit(lambda params, *given: decoder.apply({"params": params}, *given, method=run))
@@ -139,7 +141,7 @@ def logits_of(model, batch):
     if model.module.decoder.drops:
         return jitted(model.module)(model.params, batch)
     given = jitted(model.module, "embed")(model.params, batch)
-    return decoded(model.module.decoder)(model.params["decoder"], given, batch.branch_ids)
+    return decoded(model.module.decoder)(model.params["decoder"], given, batch.branch_ids, batch.group_ids)
 
 
 def groups_of(name):

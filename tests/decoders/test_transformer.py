@@ -1,4 +1,4 @@
-"""The Llama decoder against NumPy, from ids to logits."""
+"""The decoder of the Llama and Gemma families against NumPy, from ids to logits."""
 
 import functools
 
@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.layers.attention import Context
 from vlm_jax.layers.rope import Rope
 
 from ..advice import tried
@@ -118,3 +119,80 @@ def test_numbers_of_experts_without_experts_are_refused():
     shapes = jax.eval_shape(functools.partial(nn.init(logits_of, decoder.clone(expert_dim=6)), *run.args))
     kernel = nn.meta.unbox(shapes)["params"]["blocks"]["layers"]["mlp"]["experts"]["gate"]
     assert kernel.shape == (DEPTH, 4, WIDTH, 6)
+
+
+LOCAL = Transformer(
+    VOCAB,
+    WIDTH,
+    DEPTH,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=8,
+    activation="gelu_tanh",
+    rope=Rope(100.0, "linear", factor=2.0),
+    local_rope=Rope(10.0),
+    norm="rms_from_one",
+    post_norm=True,
+    qk_norm=True,
+    qk_scale=0.7,
+    embedding_scale=3.0,
+    windows=(2, None),
+)
+
+
+def local_written_out(ids, params):
+    """Of `LOCAL`: a local block, and a global one with stretched positions."""
+
+    def norm(x, p):
+        return rms_norm(x, {"scale": 1 + p["scale"]})
+
+    x = 3.0 * params["embedding"]["embedding"][ids]
+    for i, (window, theta, factor) in enumerate(((2, 10.0, 1.0), (LENGTH, 100.0, 2.0))):
+        p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]["layers"])
+        normed, own = norm(x, p["attention_norm"]), p["attention"]
+        q, k, v = ((normed @ own[name]["kernel"]).reshape(LENGTH, -1, 6) for name in ("query", "key", "value"))
+        q, k = norm(q, own["query_norm"]), norm(k, own["key_norm"])
+        turns = np.exp(1j * np.arange(LENGTH)[:, None, None] / factor * theta ** (-np.arange(3) / 3))
+        q, k = ((y[..., :3] + 1j * y[..., 3:]) * turns for y in (q, k))  # products are their real parts
+        out = np.zeros((LENGTH, 2, 6))
+        for t, h in np.ndindex(LENGTH, 2):
+            seen = slice(max(t - window + 1, 0), t + 1)
+            weights = np.exp(0.7 * (k[seen, 0] @ q[t, h].conj()).real)
+            out[t, h] = weights @ v[seen, 0] / weights.sum()
+        x = x + norm(out.reshape(LENGTH, -1) @ own["out"]["kernel"], p["attention_post_norm"])
+        gate, up = (norm(x, p["mlp_norm"]) @ p["mlp"][name]["kernel"] for name in ("gate", "up"))
+        gelu = gate / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        x = x + norm((gelu * up) @ p["mlp"]["down"]["kernel"], p["mlp_post_norm"])
+    return norm(x, params["final_norm"]) @ params["embedding"]["embedding"].T
+
+
+def test_local_and_global_blocks_in_one_stack():
+    """Each with its own window and rotary angles; also block by block, as where tokens are dropped between them."""
+    ids = jnp.asarray([[3, 1, 4, 1, 5]])
+    init = functools.partial(LOCAL.init, method=logits_of)
+    params = nn.meta.unbox(drawn(jax.eval_shape(init, jax.random.key(0), ids)))
+    expected = local_written_out(np.asarray(ids[0]), jax.tree.map(np.float64, params["params"]))
+    got = jax.jit(functools.partial(LOCAL.apply, method=logits_of))(params, ids)
+    np.testing.assert_allclose(got[0], expected, atol=2e-4 * np.abs(expected).max())
+
+    def by_block(decoder):
+        positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
+        angles = decoder._angles(positions, None)
+        context = Context("causal", segments, segments, angles=angles)
+        x, _ = decoder.blocks.run(decoder.embed(ids), context, 0, 1)
+        x, _, _ = decoder.blocks.attend(x, context, 1)
+        return decoder.logits(decoder.final_norm(decoder.blocks.feed_forward(x, 1)))
+
+    np.testing.assert_allclose(LOCAL.apply(params, method=by_block), got, atol=1e-5)
+
+
+def test_a_local_rope_without_a_local_block_is_refused():
+    ids = jnp.zeros((1, LENGTH), jnp.int32)
+    for wrong, told in (
+        (LOCAL.clone(windows=()), tried("none has one; set windows, or only rope")),
+        (LOCAL.clone(rope=Rope(scaling="yarn", factor=4.0, original_length=8)), "local_rope: expected the attention"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            jax.eval_shape(nn.init(logits_of, wrong), jax.random.key(0), ids)
+    for right in (LOCAL, LOCAL.clone(windows=(), local_rope=None)):
+        jax.eval_shape(nn.init(logits_of, right), jax.random.key(0), ids)

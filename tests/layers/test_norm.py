@@ -12,7 +12,8 @@ from vlm_jax.layers.norm import Norm
 def given(kind, x, **fields):
     layer = Norm(kind, 1e-3, **fields)
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
-    assert all((leaf == (name == "scale")).all() for name, leaf in params.items())  # ones and zeros
+    one = kind != "rms_from_one"  # whose scale is added to 1
+    assert all((leaf == (name == "scale" and one)).all() for name, leaf in params.items())
     rng = np.random.default_rng(1)
     params = {name: leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in params.items()}
     return jax.jit(layer.apply)({"params": params}, x), {name: np.float64(leaf) for name, leaf in params.items()}
@@ -25,12 +26,13 @@ def test_layer_norm(reference, shape):
     np.testing.assert_allclose(out, reference.layer_norm(x, p["scale"], p["bias"], 1e-3), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
-def test_rms_norm(reference, shape):
+@pytest.mark.parametrize(("kind", "shape"), [("rms", (5,)), ("rms", (2, 3, 4, 5)), ("rms_from_one", (2, 5))])
+def test_rms_norm(reference, kind, shape):
     x = np.random.default_rng(0).normal(3.0, 2.0, size=shape).astype(np.float32)
-    out, p = given("rms", jnp.asarray(x))
+    out, p = given(kind, jnp.asarray(x))
     assert set(p) == {"scale"}
-    np.testing.assert_allclose(out, reference.rms_norm(x, p["scale"], 1e-3), atol=1e-5)
+    scale = p["scale"] + (kind == "rms_from_one")
+    np.testing.assert_allclose(out, reference.rms_norm(x, scale, 1e-3), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

@@ -73,6 +73,30 @@ MODELS = {
         {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
     ),
     **{f"llama, {name}": (transformers.LlamaForCausalLM, settings) for name, settings in SCALED.items()},
+    "gemma3, blocks of two kinds": (
+        transformers.Gemma3ForCausalLM,
+        {
+            "head_dim": 12,
+            "attention_bias": True,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            "tie_word_embeddings": False,  # a tied random head says what it was last told
+            "bos_token_id": None,
+            "pad_token_id": None,
+        },
+    ),
+    "gemma3, only local blocks": (
+        transformers.Gemma3ForCausalLM,
+        {
+            "head_dim": 12,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 3,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
     "mistral": (transformers.MistralForCausalLM, {"sliding_window": 4}),
     "qwen2": (transformers.Qwen2ForCausalLM, {}),
     "qwen2, upper layers with windows": (

@@ -11,6 +11,7 @@ from .processors import (
     VISION,
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
+    gemma3_processor,
     idefics3_processor,
     internvl_processor,
     llava_next_processor,
@@ -158,6 +159,48 @@ def internvl(folder, **text):
 def internvl_moe(folder):
     """InternVL 3.5 with experts, as its released files for transformers."""
     return internvl(folder, model_type="qwen3_moe", num_hidden_layers=3, head_dim=8, norm_topk_prob=True, **EXPERTS)
+
+
+GEMMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 7,  # less than a turn
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+GEMMA["layer_types"] = GEMMA["layer_types"][: GEMMA["num_hidden_layers"]]
+
+
+def gemma3(folder):
+    """Nine tokens of an image of 6x6 patches, more than the window of local layers."""
+    processor = gemma3_processor(tokens=9)
+    vocabulary = processor.tokenizer
+    ids = {
+        f"{name}_token_index": vocabulary.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image", vocabulary.image_token),
+            ("boi", vocabulary.boi_token),
+            ("eoi", vocabulary.eoi_token),
+        )
+    }
+    config = transformers.Gemma3Config(
+        vision_config={**SIGLIP, "image_size": 24, "vision_use_head": False},
+        text_config={"vocab_size": len(vocabulary), **GEMMA},
+        mm_tokens_per_image=9,
+        **ids,
+    )
+    return saved(folder, processor, transformers.Gemma3ForConditionalGeneration(config))
 
 
 def idefics3(folder, processor=None, name="Idefics3", side=35):

@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+from vlm_jax.pretrained.processing import deepseek_hf, gemma3, internvl_hf, llava_hf, ovis2_hf, qwen_hf
 from vlm_jax.processors.video import EveryFrame, SegmentSampler
 
 from .processors import (
@@ -25,6 +25,7 @@ from .processors import (
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
     frames,
+    gemma3_processor,
     internvl_processor,
     llava_next_processor,
     llava_onevision_processor,
@@ -261,6 +262,21 @@ def test_internvl(tmp_path):
         ours, expected = processor(ABOUT_A_VIDEO, videos=[video]), official_video(theirs, ABOUT_A_VIDEO, given, 2.0)
         same_ids(ours, expected)
         same_tiles(ours, expected)
+
+
+def test_gemma3_with_pan_and_scan(tmp_path):
+    """Transformers crops where the call says so; the folder says it here. Groups are its token types."""
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
+    theirs = gemma3_processor(**crops)
+    ours = gemma3.processor(*save(theirs, tmp_path, model_type="gemma3"))
+    for count in (1, 2, 5):
+        inputs = official(theirs, conversation(count), pictures(count), **crops)
+        batch = ours(conversation(count), pictures(count))
+        same_ids(batch, inputs)
+        same_tiles(batch, inputs)
+        np.testing.assert_array_equal(batch.group_ids > 0, inputs["token_type_ids"])
+        check_rows(batch, theirs.tokenizer.image_token_id, 4 * len(inputs["pixel_values"]))
+    assert batch.images.shape[1] == 5 + 2 + 3 + 0 + 3 + 2
 
 
 @pytest.mark.parametrize("tiles", [False, True])

@@ -32,6 +32,7 @@ from .processors import pictures
 from .systems import (
     deepseek_vl,
     deepseek_vl_hybrid,
+    gemma3,
     idefics3,
     internvl,
     llava,
@@ -51,6 +52,7 @@ SYSTEMS = (
     llava_onevision,
     deepseek_vl,
     deepseek_vl_hybrid,
+    gemma3,
     idefics3,
     internvl,
     ovis2,
@@ -126,8 +128,9 @@ def case_of(made, folder) -> Case:
 def inputs_of(case: Case):
     """The reference's inputs by its own processor, and our labels: that of position t + 1 is the target of t."""
     theirs, batch = case.processor, case.batch
-    end = theirs.tokenizer.eos_token  # templates here write none after a last answer
-    texts = [theirs.apply_chat_template(messages).rstrip() + end for messages, _ in CONVERSATIONS]
+    end = theirs.tokenizer.eos_token  # most templates here write none after a last answer
+    texts = [theirs.apply_chat_template(messages) for messages, _ in CONVERSATIONS]
+    texts = [text if text.endswith("<end_of_turn>\n") else text.rstrip() + end for text in texts]
     images = [[pictures(3)[i] for i in numbers] for _, numbers in CONVERSATIONS]
     special = not texts[0].startswith(theirs.tokenizer.bos_token)
     padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}

@@ -81,6 +81,11 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "facebook/sam-vit-base": (89_670_912, 0),  # the image encoder
     "facebook/sam-vit-large": (308_278_272, 0),
     "facebook/sam-vit-huge": (637_026_048, 0),
+    # As transformers 5.24 counts, with one table, which is also the head.
+    "google/gemma-3-1b-it": (999_885_952, 0),
+    "google/gemma-3-4b-it": (4_300_079_472, 0),
+    "google/gemma-3-12b-it": (12_187_325_040, 0),
+    "google/gemma-3-27b-it": (27_432_406_640, 0),
     "google/siglip-base-patch16-224": (203_155_970, 0),
     "google/siglip-large-patch16-384": (652_478_466, 0),
     "google/siglip-so400m-patch14-224": (877_360_306, 0),

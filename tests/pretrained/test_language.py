@@ -186,6 +186,38 @@ def test_windows_of_layers_as_released():
         assert language_model(config, {}, "config", **DTYPES).decoder.windows == expected
 
 
+def test_gemma_3_of_older_and_of_newer_files():
+    text = {**TINY, "model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window": 8}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    old = {"sliding_window_pattern": 2, "rope_scaling": scaling, "rope_theta": 1e5, "rope_local_base_freq": 100}
+    both = {
+        "full_attention": {**scaling, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    for more in (old, {"layer_types": kinds, "rope_parameters": both}):
+        decoder = language_model({**text, **more}, {}, "config", **DTYPES).decoder
+        assert decoder.windows == (8, None, 8, None)
+        assert (decoder.rope, decoder.local_rope) == (Rope(1e5, "linear", factor=8.0), Rope(100.0))
+    decoder = language_model(text, {}, "config", **DTYPES).decoder  # every sixth layer would be global
+    assert decoder.windows == (8,) * 4 and (decoder.rope, decoder.local_rope) == (Rope(), None)
+    only = {"layer_types": ["full_attention"] * 4, "sliding_window": None}
+    decoder = language_model({**text, **only}, {}, "config", **DTYPES).decoder
+    assert decoder.windows == () and (decoder.rope, decoder.local_rope) == (Rope(1e6), None)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    for more, told in (
+        ({"rope_parameters": {"rope_type": "default"}}, "expected a set of settings for full_attention and for slid"),
+        ({"rope_parameters": {"full_attention": yarn}, "layer_types": kinds}, "one attention factor of both kinds"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "full_attention.rope_parameters: 'linear' needs the key 'factor'"),
+        ({"layer_types": kinds[:3]}, "layer_types: expected 4, one per layer, got 3"),
+        ({"sliding_window": None}, "sliding_window: layers of sliding_attention need a positive number, got None"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected None, got 30.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False or None, got True"),
+    ):
+        with pytest.raises(PretrainedError, match=told):
+            language_model({**text, **more}, {}, "config", **DTYPES)
+
+
 def test_biases_of_the_classes_that_have_a_switch():
     both = {"attention_bias": True, "mlp_bias": True}
     for kind, more, expected in (

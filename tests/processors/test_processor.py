@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.native import NativeViews, VolumeLimits
@@ -192,6 +193,20 @@ def test_an_image_whose_tiles_have_places_is_one_picture():
     for given in (1, 3):
         with pytest.raises(PictureMismatch, match=f"has {given} image placeholders, but got 2"):
             made(say("<image> What?" * given), [picture(8, 12)] * 2)
+
+
+def test_the_whole_image_may_come_before_its_tiles_and_groups_are_of_places():
+    """Rows of the visual table are in the order of the text, and every row has groups."""
+    views = CropViews(SquareViews(Pixels(), (4, 4), 2), min_crop_size=2)
+    tiled = TiledText("<image>", "", "", "a{whole}b", "c")
+    made = dataclasses.replace(processor(views, {"image": "<image>"}, tiled=tiled), grouped=True)
+    batch = made.batch([say("<image>"), say("x")], [[picture(4, 8)], []])
+    spelled = [1, *letters("a"), 3, 3, *letters("b"), 3, 3, *letters("c"), 3, 3, *letters("!")]
+    np.testing.assert_array_equal(batch.tokens[0], spelled)
+    np.testing.assert_array_equal(batch.visual_index[0], [-1, -1, 0, 1, -1, 2, 3, -1, 4, 5, -1])
+    groups = batch.group_ids[0]
+    assert [len(set(groups[start : start + 2])) for start in (2, 5, 8)] == [1] * 3 and len(set(groups)) == 4
+    assert not groups[[0, 1, 4, 7, 10]].any() and not batch.group_ids[1].any()
 
 
 def test_every_error_names_its_sample():

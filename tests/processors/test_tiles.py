@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import ovis_size
@@ -215,6 +216,7 @@ BUDGETED = [
     (anyres("spatial_unpad", canvases=((8, 16), (16, 16))), 14, 14),
     (SplitViews(Pixels(), 8, 2, 32), 10, 2),  # of 34: two rows and columns, and the whole
     (SplitViews(Pixels(), 7, 2, 21), 20, 2),  # the sides become 21 and 22
+    (CropViews(SquareViews(Pixels(), (8, 8), 2), 4, 4), 6, 2),  # of 10: the whole and 2 crops
     (SquareViews(Pixels(), (8, 8), 4), 4, 4),
     (FixedTilesViews(Pixels(), (8, 8), 2, (1, 2), thumbnail=True), 6, 6),
     (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 4096, 4096, image_edges=(0, 1)), 20, 3),
@@ -241,6 +243,24 @@ def test_splitting_is_kept_as_long_as_a_square_picture_fits():
     assert [len(views.within(most).layouts([(8, 8)])[0]) for most in (34, 33, 20, 19, 10, 9)] == [34, 20, 20, 10, 10, 2]
     assert views.tile_grids([(8, 8), (30, 61), (60, 11)]) == [(4, 4), (2, 4), (4, 1)]
     assert views.within(2).tile_grids([(30, 61)]) == [None]
+
+
+def test_crops_are_parts_of_the_longer_side():
+    """The last one is smaller where the side is no multiple; the whole comes first."""
+    views = CropViews(SquareViews(GREY, (1, 1), 2), min_crop_size=3)
+    page = grey(5, 11)
+    assert [views.grid(size) for size in ((5, 11), (11, 5), (5, 100), (5, 5), (2, 11), (5, 6))] == [
+        (1, 2),
+        (2, 1),
+        (1, 4),
+        None,
+        None,
+        (1, 2),
+    ]
+    (seen,) = views.images([page])
+    parts = [np.asarray(page), np.asarray(page)[:, :6], np.asarray(page)[:, 6:]]
+    np.testing.assert_allclose(seen.pixels.reshape(-1), [part.mean() for part in parts], atol=1.01)
+    assert [views.within(most).loads([(5, 100)]) for most in (10, 9, 6, 5, 2)] == [[5], [4], [3], [1], [1]]
 
 
 @pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)

@@ -1,4 +1,4 @@
-"""Adaptive average pooling to a chosen grid, then a two-layer MLP."""
+"""Adaptive average pooling to a chosen grid, then an MLP."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.squares import in_rows
-from vlm_jax.ranges import Size
+from vlm_jax.ranges import Depth, NonNegative, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
 
 
@@ -52,19 +53,32 @@ def average_windows(
 class Pool(OutputGrid, nn.Module):
     """Averages the unmasked features of every window of the grid, then linear, GELU, linear.
 
+    | release | fields |
+    |---|---|
+    | Gemma 3 | norm `rms_from_one`, depth 1, no use_bias |
+
     Attributes:
       features: the decoder's width D.
       output_grid: rows and columns of the tokens, solved from the budget.
+      norm: kind of a norm of the means, or None.
+      norm_epsilon: its epsilon.
+      depth: linear layers of the MLP.
+      use_bias: biases on them.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
-    Source: Yao et al. 2024 (DeCo), section 3.2; averaging as PyTorch's AdaptiveAvgPool2d.
+    Source: Yao et al. 2024 (DeCo), section 3.2; averaging as PyTorch's AdaptiveAvgPool2d; transformers, models/gemma3,
+    Gemma3MultiModalProjector.
     """
 
     kind = "pool"
 
     features: Size
     output_grid: tuple[Size, Size]
+    norm: NormKind | None = None
+    norm_epsilon: NonNegative = 1e-6
+    depth: Depth = 2
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -74,7 +88,9 @@ class Pool(OutputGrid, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mean, mask = average_windows(features.tokens, features, self.output_grid, self.kind)
         batch, *_, width = mean.shape
-        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(
-            mean.reshape(batch, -1, width)
-        )
+        x = mean.reshape(batch, -1, width)
+        if self.norm is not None:
+            x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x)
+        shape = {"out_dim": self.features, "use_bias": self.use_bias, "depth": self.depth}
+        tokens = Mlp(self.features, "gelu", name="mlp", **shape, **settings)(x)
         return VisualTokens(tokens, mask.reshape(batch, -1))

@@ -66,10 +66,12 @@ class Decoder(Protocol):
         branch_ids: Int[Array, "B T"] | None = None,
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
+        group_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states of T positions after those in the cache, and the cache with them.
 
-        `levels` are added to the outputs of the first blocks: D channels for each, concatenated.
+        `levels` are added to the outputs of the first blocks: D channels for each, concatenated. Positions of one group
+        attend to each other in both directions; see `types.Batch`.
         """
         ...
 

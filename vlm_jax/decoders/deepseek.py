@@ -201,12 +201,14 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
         branch_ids: Int[Array, "B T"] | None = None,
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
+        group_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
-        `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
-        dropped at `drops`; the cache must then be empty and created for these places. `levels` are added to the outputs
-        of the first blocks, at positions that are left: D channels for each block, concatenated.
+        `branch_ids` is for sequences without a cache, `group_ids` for those without one or with an empty one; see
+        `types.Batch`. With `places` visual tokens are dropped at `drops`; the cache must then be empty and created for
+        these places. `levels` are added to the outputs of the first blocks, at positions that are left: D channels for
+        each block, concatenated.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
@@ -220,14 +222,22 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
                 "a decoder with experts has no balance loss where visual tokens are dropped between its layers; set "
                 "config.decoder.balance_weight to 0, or choose a reducer that acts before the decoder"
             )
-        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels)
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels, group_ids)
         x = self.final_norm(rows.x)
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 
     def context(self, rows: Rows) -> Context:
         """The attention context of a sequence without a cache."""
         segments = rows.segment_ids
-        return Context("causal", segments, segments, rows.branch_ids, rows.angles, magnitude=self.rope.magnitude)
+        return Context(
+            "causal",
+            segments,
+            segments,
+            rows.branch_ids,
+            rows.angles,
+            magnitude=self.rope.magnitude,
+            groups=rows.group_ids,
+        )
 
     def rotary_dim(self) -> int:
         """Rotated coordinates of a head; all of them in multi-head attention."""

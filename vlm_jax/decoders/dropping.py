@@ -34,9 +34,9 @@ class Rows:
       x: activations.
       positions: rotary positions.
       lengths: length of each position's sequence, where the rotary scaling depends on it, else None.
-      angles: rotary angles.
+      angles: rotary angles; of several ropes those of each, concatenated.
       query_scale: factor of the queries, or None.
-      segment_ids, branch_ids: as in `Batch`.
+      segment_ids, branch_ids, group_ids: as in `Batch`.
       index: index in the whole sequence; out of range for a dropped token that serves as padding.
       levels: what is added to the outputs of the first layers, or None.
     """
@@ -44,12 +44,13 @@ class Rows:
     x: Float[Array, "B T D"]
     positions: Positions
     lengths: Int[Array, "B T"] | None
-    angles: Float[Array, "B T half"]
+    angles: Float[Array, "B T A"]
     query_scale: Float[Array, "B T"] | None
     segment_ids: Int[Array, "B T"]
     branch_ids: Int[Array, "B T"] | None
     index: Int[Array, "B T"]
     levels: Float[Array, "B T F"] | None = None
+    group_ids: Int[Array, "B T"] | None = None
 
     def levels_of(self, stack: int, layer: int) -> Float[Array, "B T F"] | None:
         """The levels from those of a stack's first layer `stack` on; None where layers from `layer` on have none."""
@@ -183,6 +184,11 @@ class DropsTokens:
     def rotary_dim(self) -> int:
         """Rotated coordinates of a head."""
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary settings of its layers; a layer has one of them."""
+        return (self.rope,)
+
     @abc.abstractmethod
     def context(self, rows: Rows) -> Context:
         """The attention context of a sequence without a cache."""
@@ -213,7 +219,7 @@ class DropsTokens:
             if any(drop.renumbers for drop in drops[:number]):
                 part = dataclasses.replace(part, position_shift=jnp.zeros(batch_size, jnp.int32))
             parts.append(part)
-        parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.rope, batch_size))
+        parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.ropes, batch_size))
         return Cache.chained(parts)
 
     def run_layers(
@@ -225,13 +231,19 @@ class DropsTokens:
         branch_ids: Int[Array, "B T"] | None,
         places: VisualPlaces | None,
         levels: Float[Array, "B T F"] | None = None,
+        group_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Rows, Cache | None]:
-        """Runs all layers; returns the remaining rows and the updated cache."""
+        """Runs all layers; returns the remaining rows and the updated cache.
+
+        Raises:
+          ValueError: groups of positions after those in a cache.
+        """
+        if group_ids is not None and cache is not None and not cache.is_empty:
+            raise ValueError("group_ids: expected None after a prompt in the cache, whose groups are whole, got groups")
         every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
-        lengths, cache = rotary_lengths(self.rope, positions, segment_ids, cache)
-        angles = self.rope.angles(positions, self.rotary_dim(), lengths)
-        scale = self.query_scale(positions)
-        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every, levels)
+        lengths, cache = rotary_lengths(self.ropes, positions, segment_ids, cache)
+        angles, scale = self._angles(positions, lengths), self.query_scale(positions)
+        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every, levels, group_ids)
         drops = () if places is None else self.drops
         left = [] if places is None else lengths_left(places, drops)
         whole = places
@@ -291,8 +303,13 @@ class DropsTokens:
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""
-        angles = self.rope.angles(rows.positions, self.rotary_dim(), rows.lengths)
+        angles = self._angles(rows.positions, rows.lengths)
         return dataclasses.replace(rows, angles=angles, query_scale=self.query_scale(rows.positions))
+
+    def _angles(self, positions: Positions, lengths: Int[Array, "B T"] | None) -> Float[Array, "B T A"]:
+        """The rotary angles of each of the ropes, concatenated."""
+        found = [rope.angles(positions, self.rotary_dim(), lengths) for rope in self.ropes]
+        return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 
     def _stack(self, name: str) -> TransformerStack:
         """The stack that `setup` made under a name."""

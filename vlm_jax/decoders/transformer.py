@@ -1,6 +1,7 @@
-"""The decoder-only transformer of the Llama family: RoPE, grouped heads, RMSNorm, SwiGLU."""
+"""The decoder-only transformer of the Llama and Gemma families: RoPE, grouped heads, RMSNorm, a gated feed-forward."""
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +17,7 @@ from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
-from vlm_jax.ranges import Count, Depth, NonNegative, Size
+from vlm_jax.ranges import Count, Depth, NonNegative, Positive, Size
 from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
 
@@ -33,12 +34,17 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       activation: of its gate, a name of `layers.mlp.ACTIVATIONS`.
       head_dim: width / num_heads when None.
       rope: how positions become rotary angles.
+      local_rope: the same in blocks with a window, as in Gemma 3; as `rope` when None.
       log_length: queries at later positions are scaled by log(position) / log(log_length), as in Qwen; None for none.
-      norm_epsilon: epsilon of every RMSNorm.
+      norm: kind of every RMSNorm.
+      norm_epsilon: their epsilon.
+      post_norm: an RMSNorm of the attention's and of the feed-forward's output too, as in Gemma 2.
       qkv_bias: biases on query, key and value, as in Qwen2.
       out_bias, mlp_bias: biases on the attention output, and on the feed-forward's layers.
       windows: attention window of each block in positions, its own included, or None; empty where no block has one.
       qk_norm: an RMSNorm of every head's queries and keys before RoPE, as in Qwen3.
+      qk_scale: factor of the attention logits; head_dim ** -0.5 when None.
+      embedding_scale: factor of embedded text, not of visual tokens, as in Gemma; None for none.
       expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
       num_experts: experts to choose from.
       num_selected: experts of a token.
@@ -50,9 +56,11 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       param_dtype: dtype of the stored parameters.
 
     Raises:
-      ValueError: heads that do not divide, or numbers of experts without experts.
+      ValueError: heads that do not divide, numbers of experts without experts, or a `local_rope` that no block has or
+        whose magnitude is not that of `rope`.
 
-    Source: Touvron et al. 2023 (Llama), section 2.2; Yang et al. 2025 (Qwen3), section 2, for experts.
+    Source: Touvron et al. 2023 (Llama), section 2.2; Yang et al. 2025 (Qwen3), section 2, for experts; Gemma Team 2025
+    (Gemma 3), section 2, for blocks of two kinds.
     """
 
     vocab_size: Size
@@ -64,12 +72,17 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     activation: Activation = "silu"
     head_dim: Size | None = None
     rope: Rope = Rope()
+    local_rope: Rope | None = None
     log_length: Count | None = None
+    norm: Literal["rms", "rms_from_one"] = "rms"
     norm_epsilon: NonNegative = 1e-6
+    post_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_scale: Positive | None = None
+    embedding_scale: Positive | None = None
     windows: tuple[Count | None, ...] = ()
     expert_dim: Size | None = None
     num_experts: Size = 1
@@ -90,6 +103,13 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
             raise ValueError(
                 "num_experts, num_selected and normalize_weights are not read without experts; set expert_dim"
             )
+        if self.local_rope is not None and not any(self.windows):
+            raise ValueError("local_rope is for blocks with a window, and none has one; set windows, or only rope")
+        if self.local_rope is not None and self.local_rope.magnitude != self.rope.magnitude:
+            raise ValueError(
+                f"local_rope: expected the attention factor of rope, {self.rope.magnitude}, got "
+                f"{self.local_rope.magnitude}"
+            )
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Initialised at the scale that every block adds to the residual stream; a table that also gives
         # the logits is initialised so that these start near 1.
@@ -104,10 +124,12 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
                 "mlp_dim": self.mlp_dim,
                 "activation": self.activation,
                 "gated": True,
-                "norm": "rms",
+                "norm": self.norm,
                 "norm_epsilon": self.norm_epsilon,
+                "post_norm": self.post_norm,
                 "qkv_bias": self.qkv_bias,
-                "qk_norm": "rms" if self.qk_norm else None,
+                "qk_norm": self.norm if self.qk_norm else None,
+                "qk_scale": self.qk_scale,
                 "use_bias": self.out_bias,
                 "mlp_bias": self.mlp_bias,
                 "experts": self._experts(),
@@ -116,8 +138,9 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
             remat=self.remat,
             unroll=self.unroll,
             windows=self.windows,
+            ropes=() if self.local_rope is None else tuple(int(window is not None) for window in self.windows),
         )
-        self.final_norm = Norm("rms", self.norm_epsilon, **settings)
+        self.final_norm = Norm(self.norm, self.norm_epsilon, **settings)
         if not self.tie_embeddings:
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
@@ -135,7 +158,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up token ids."""
-        return self.embedding(tokens)
+        x = self.embedding(tokens)
+        return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def stacks(self) -> list[tuple[str, int, int]]:
         """One stack of all layers."""
@@ -154,17 +178,19 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         branch_ids: Int[Array, "B T"] | None = None,
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
+        group_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
-        `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
-        dropped at `drops`; the cache must then be empty and created for these places. `levels` are added to the outputs
-        of the first blocks, at positions that are left: D channels for each block, concatenated.
+        `branch_ids` is for sequences without a cache, `group_ids` for those without one or with an empty one; see
+        `types.Batch`. With `places` visual tokens are dropped at `drops`; the cache must then be empty and created for
+        these places. `levels` are added to the outputs of the first blocks, at positions that are left: D channels for
+        each block, concatenated.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
-        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels)
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels, group_ids)
         x = self.final_norm(rows.x)
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 
@@ -178,7 +204,13 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
             rows.angles,
             magnitude=self.rope.magnitude,
             query_scale=rows.query_scale,
+            groups=rows.group_ids,
         )
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Of all blocks, or of blocks without and with a window."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
 
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Log-n scaling. Source: Su 2023; Bai et al. 2023 (Qwen), section 2.4."""

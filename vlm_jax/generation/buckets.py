@@ -80,9 +80,9 @@ def fitted(
         if not padding:
             return array
         array = np.asarray(array)
-        return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
+        return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL.get(name, 0))
 
-    needed: Fields = {name: padded(name) for name in FILL}
+    needed: Fields = {name: padded(name) for name in _columns(batch)}
     needed["interpolation"] = _padded(batch.interpolation, padding, 0)
     places = None if batch.places is None else _shifted(batch.places, padding, length + padding)
     return dataclasses.replace(batch, **needed, places=places, targets=None, loss_weights=None), cache_length
@@ -98,7 +98,7 @@ def lengthened(batch: Batch, length: int) -> Batch:
         array = np.asarray(getattr(batch, name))
         return np.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL.get(name, 0))
 
-    names = [*FILL, "targets", "loss_weights", *(["branch_ids"] if batch.branch_ids is not None else [])]
+    names = [*_columns(batch), "targets", "loss_weights", *(["branch_ids"] if batch.branch_ids is not None else [])]
     places = batch.places
     if places is not None:
         index = np.asarray(places.index)
@@ -114,6 +114,11 @@ def lengthened(batch: Batch, length: int) -> Batch:
 def _padded(given: Interpolation | None, before: int, after: int) -> Interpolation | None:
     """The rows of visual tokens, with none for added positions."""
     return jax.tree.map(lambda leaf: np.pad(np.asarray(leaf), ((0, 0), (before, after), (0, 0))), given)
+
+
+def _columns(batch: Batch) -> list[str]:
+    """The arrays of a prompt with a column for each position."""
+    return [*FILL, *(["group_ids"] if batch.group_ids is not None else [])]
 
 
 def _shifted(places: VisualPlaces, padding: int, length: int) -> VisualPlaces:

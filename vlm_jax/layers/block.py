@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,11 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over: as in `MultiHeadAttention`.
+      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale: as in `MultiHeadAttention`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
-      norm: kind of both norms.
+      norm: kind of all norms.
+      post_norm: a norm of the attention's and of the feed-forward's output too, before it is added to x.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers.
@@ -51,7 +52,7 @@ class TransformerBlock(nn.Module):
       param_dtype: dtype of the stored parameters.
 
     Source: Dosovitskiy et al. 2021, eq. 2 and 3; Touvron et al. 2023 with RMSNorm and SwiGLU;
-    Touvron et al. 2021 (CaiT), eq. 4, for layer scale.
+    Touvron et al. 2021 (CaiT), eq. 4, for layer scale; Gemma Team 2024 (Gemma 2), section 2, for norms of outputs.
     """
 
     num_heads: int
@@ -67,6 +68,8 @@ class TransformerBlock(nn.Module):
     mlp_bias: bool | None = None
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
+    qk_scale: float | None = None
+    post_norm: bool = False
     layer_scale: float | None = None
     latent: Config | None = None
     experts: Config | None = None
@@ -87,10 +90,15 @@ class TransformerBlock(nn.Module):
         if half != "feed_forward":
             attend = self._attention(settings)
             attended, cache = attend(Norm(name="attention_norm", **norm)(x), context, cache=cache)
+            if self.post_norm:
+                attended = Norm(name="attention_post_norm", **norm)(attended)
             x = x + self._scaled(attended, "attention_scale")
         if half != "attention":
             mlp = self._feed_forward(settings)
-            x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
+            out = mlp(Norm(name="mlp_norm", **norm)(x))
+            if self.post_norm:
+                out = Norm(name="mlp_post_norm", **norm)(out)
+            x = x + self._scaled(out, "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
     def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
@@ -104,6 +112,7 @@ class TransformerBlock(nn.Module):
             out_bias=self.use_bias,
             qk_norm=self.qk_norm,
             qk_norm_over=self.qk_norm_over,
+            qk_scale=self.qk_scale,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,
@@ -138,18 +147,37 @@ def with_level(x: Float[Array, "B T D"], levels: Float[Array, "B T F"] | None, i
     return x + jnp.where(index < count, own, 0).astype(x.dtype)
 
 
-def _with_window(context: Context, window: Int[Array, ""] | None) -> Context:
-    return context if window is None else dataclasses.replace(context, window=window)
+class _Own(NamedTuple):
+    """What differs between blocks of a stack beside their parameters: of one block, or of all with a layer axis.
+
+    Attributes:
+      window: of attention, in positions; None where no block has one.
+      rope: index of the rotary angles among those of the context; None where there is one rope.
+    """
+
+    window: Int[Array, "*L"] | None
+    rope: Int[Array, "*L"] | None
+
+    def context(self, context: Context, num_ropes: int) -> Context:
+        """A block's context."""
+        if self.window is not None:
+            context = dataclasses.replace(context, window=self.window)
+        if self.rope is None or context.angles is None:
+            return context
+        half = context.angles.shape[-1] // num_ropes
+        angles = jax.lax.dynamic_slice_in_dim(context.angles, self.rope * half, half, axis=-1)
+        return dataclasses.replace(context, angles=angles)
 
 
 class _ScannedBlock(TransformerBlock):
     """A block in the form that `nn.scan` needs; also returns its input with `collect`."""
 
     collect: bool = False
+    num_ropes: int = 1
 
     @nn.compact
-    def __call__(self, x, cache, window, index, levels, context):  # type: ignore[override]
-        y, cache = super().__call__(x, cache, _with_window(context, window))
+    def __call__(self, x, cache, own, index, levels, context):  # type: ignore[override]
+        y, cache = super().__call__(x, cache, own.context(context, self.num_ropes))
         return with_level(y, levels, index), (cache, x if self.collect else None)
 
 
@@ -167,6 +195,7 @@ class TransformerStack(nn.Module):
       unroll: blocks per loop iteration; `depth` unrolls fully.
       block: keyword arguments of `TransformerBlock`.
       windows: attention window of each block in positions, or None; empty where no block has one.
+      ropes: index of each block's rotary angles among those of the context; empty where all have the same.
     """
 
     depth: int
@@ -174,6 +203,7 @@ class TransformerStack(nn.Module):
     remat: RematPolicy = "none"
     unroll: int = 1
     windows: tuple[int | None, ...] = ()
+    ropes: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -197,10 +227,9 @@ class TransformerStack(nn.Module):
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
         scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
-        windows = self._windows(0, self.depth)
         index = None if levels is None else jnp.arange(self.depth)
-        layers = scanned(collect=collect, name="layers", **self.block)
-        x, (cache, inputs) = layers(x, cache, windows, index, levels, context)
+        layers = scanned(collect=collect, num_ropes=self._num_ropes, name="layers", **self.block)
+        x, (cache, inputs) = layers(x, cache, self._own(0, self.depth), index, levels, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
@@ -219,29 +248,30 @@ class TransformerStack(nn.Module):
         """
         if start == stop:
             return x, None
-        params, windows = self._params(x), self._windows(start, stop)
+        params, kinds = self._params(x), self._own(start, stop)
 
         numbers = jnp.arange(start, stop)
 
         def layer(x: jax.Array, inputs: Tree) -> Tree:
-            own, past, window, index = inputs
-            run = self._rematted(lambda p, x, past: self._apply(p, x, past, _with_window(context, window))[0])
-            x, fresh = run(own, x, past)
+            params, past, kind, index = inputs
+            own = kind.context(context, self._num_ropes)
+            run = self._rematted(lambda p, x, past: self._apply(p, x, past, own)[0])
+            x, fresh = run(params, x, past)
             return with_level(x, levels, index), fresh
 
         def indexed_layer(x: jax.Array, inputs: Tree) -> Tree:
-            index, window = inputs
-            return layer(x, (of_layers(params, index), of_layers(cache, index - start), window, index))
+            index, kind = inputs
+            return layer(x, (of_layers(params, index), of_layers(cache, index - start), kind, index))
 
         if has_per_layer(params):
-            inputs = of_layers(params, slice(start, stop)), cache, windows, numbers
+            inputs = of_layers(params, slice(start, stop)), cache, kinds, numbers
             return in_sequence(layer, x, inputs, stop - start)
         # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so training slices.
         if cache is None:
-            inputs = of_layers(params, slice(start, stop)), None, windows, numbers
+            inputs = of_layers(params, slice(start, stop)), None, kinds, numbers
             return jax.lax.scan(layer, x, inputs, unroll=self.unroll)
-        return jax.lax.scan(indexed_layer, x, (numbers, windows), unroll=self.unroll)
+        return jax.lax.scan(indexed_layer, x, (numbers, kinds), unroll=self.unroll)
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
@@ -265,23 +295,28 @@ class TransformerStack(nn.Module):
         return with_level(run(own, x), levels, index)
 
     def context_of(self, index: int, context: Context) -> Context:
-        """The context of block `index`, with the block's own window."""
-        windows = self._windows(index, index + 1)
-        return context if windows is None else _with_window(context, windows[0])
+        """The context of block `index`, with the block's own window and rotary angles."""
+        own = jax.tree.map(lambda leaf: leaf[0], self._own(index, index + 1))
+        return own.context(context, self._num_ropes)
 
-    def _windows(self, start: int, stop: int) -> Int[Array, "L"] | None:
-        """The windows of blocks `start` to `stop` - 1."""
-        if not self.windows:
-            return None
-        if len(self.windows) != self.depth:
-            raise ValueError(f"windows: expected one for each of {self.depth} blocks, got {len(self.windows)}")
+    @property
+    def _num_ropes(self) -> int:
+        return max(self.ropes, default=0) + 1
+
+    def _own(self, start: int, stop: int) -> _Own:
+        """The windows and ropes of blocks `start` to `stop` - 1."""
+        for name, given in (("windows", self.windows), ("ropes", self.ropes)):
+            if given and len(given) != self.depth:
+                raise ValueError(f"{name}: expected one for each of {self.depth} blocks, got {len(given)}")
         endless = np.iinfo(np.int32).max
-        return jnp.asarray([endless if window is None else window for window in self.windows[start:stop]], jnp.int32)
+        windows = [endless if window is None else window for window in self.windows[start:stop]]
+        found = (jnp.asarray(given, jnp.int32) if given else None for given in (windows, self.ropes[start:stop]))
+        return _Own(*found)
 
     def _params(self, x: jax.Array) -> Params:
         """The stacked parameters; at initialisation they are sampled as usual."""
         if self.is_initializing() and not self.has_variable("params", "layers"):
-            self(x[:, :1], Context("full"))
+            self(x[:, :1], Context("causal"))  # which windows need
         return nn.meta.unbox(self.variables["params"]["layers"])
 
     def _apply(self, params: Params, *args: Tree, mutable: Sequence[str] = (), **kwargs: Any) -> Tree:

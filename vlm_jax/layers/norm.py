@@ -12,22 +12,24 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import Dtype
 
-NormKind = Literal["layer", "rms"]
+NormKind = Literal["layer", "rms", "rms_from_one"]
 
 
 class Norm(nn.Module):
-    """LayerNorm (`layer`, scale and bias) or RMSNorm (`rms`, scale) over the last axis.
+    """LayerNorm (`layer`, scale and bias) or RMSNorm (`rms`, `rms_from_one`, scale) over the last axis.
 
-    RMSNorm casts to `dtype` before it scales, as in Llama's reference code.
+    RMSNorm casts to `dtype` before it scales, as in Llama's reference code; `rms_from_one` scales by 1 + scale in
+    float32 and casts then, as in Gemma's.
 
     Attributes:
-      kind: `layer` or `rms`.
+      kind: `layer`, `rms` or `rms_from_one`.
       epsilon: added to the variance.
       axis_name: logical name of the normalised axis.
       dtype: dtype of the output.
       param_dtype: dtype of the stored scale and bias.
 
-    Source: Ba et al. 2016, eq. 4; Zhang and Sennrich 2019, eq. 4.
+    Source: Ba et al. 2016, eq. 4; Zhang and Sennrich 2019, eq. 4; google-deepmind/gemma, gemma/gm/nn/_layers.py,
+    RMSNorm.
     """
 
     kind: NormKind
@@ -40,7 +42,10 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         shape = (1,) * (x.ndim - 1) + (-1,)
         width = (x.shape[-1],)
-        scale = self.param("scale", with_axes(nn.initializers.ones, self.axis_name), width, self.param_dtype)
+        init = nn.initializers.zeros if self.kind == "rms_from_one" else nn.initializers.ones
+        scale = self.param("scale", with_axes(init, self.axis_name), width, self.param_dtype)
+        if self.kind == "rms_from_one":
+            return _rms(x, 1 + scale.astype(jnp.float32).reshape(shape), self.epsilon).astype(self.dtype)
         if self.kind == "rms":
             return _rms(x, scale.astype(self.dtype).reshape(shape), self.epsilon)
         bias = self.param("bias", with_axes(nn.initializers.zeros, self.axis_name), width, self.param_dtype)

@@ -329,6 +329,7 @@ class VLM(nn.Module):
             branch_ids=batch.branch_ids,
             places=given.places,
             levels=given.levels,
+            group_ids=batch.group_ids,
         )
         return hidden
 
@@ -355,7 +356,13 @@ class VLM(nn.Module):
         segments = given.segment_ids
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, places=given.places)
         hidden, written = self.decoder(
-            given.x, given.positions, segments, cache, places=given.places, levels=given.levels
+            given.x,
+            given.positions,
+            segments,
+            cache,
+            places=given.places,
+            levels=given.levels,
+            group_ids=batch.group_ids,
         )
         assert written is not None
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)

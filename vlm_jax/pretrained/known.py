@@ -24,12 +24,18 @@ _IDEFICS3 = (
     "model.connector.modality_projection.proj.weight",
     "model.text_model.embed_tokens.weight",
 )
+_GEMMA3 = (
+    "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "multi_modal_projector.mm_input_projection_weight",
+    "language_model.model.embed_tokens.weight",
+)
 _QWEN2_VL = ("visual.patch_embed.proj.weight", "model.embed_tokens.weight")
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_ocr": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
+    "gemma3": _GEMMA3,
     "idefics3": _IDEFICS3,
     "internvl_chat": ("language_model.model.norm.weight",),
     "llava": (

@@ -15,7 +15,7 @@ from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import PretrainedError, text_section
+from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.known import describe_known, known_config, known_folder
 from vlm_jax.pretrained.processing import read_views
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
@@ -28,6 +28,8 @@ from vlm_jax.system import System
 from vlm_jax.types import Config, Dtype, Tree
 
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
+# Systems in which the tokens of an image attend to each other in both directions; see `Processor.grouped`.
+GROUPED = frozenset({"gemma3"})
 
 
 def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
@@ -68,8 +70,8 @@ def _conversations(name: str, model: VLM, config: Config) -> Processor:
     sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
     rotary_3d = "mrope_section" in sections
     views = read_views(known_folder(name), config, model)
-    learned = model.num_learned_rows
-    return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, num_learned=learned, rotary_3d=rotary_3d)
+    own = {"num_learned": model.num_learned_rows, "rotary_3d": rotary_3d, "grouped": marker(config) in GROUPED}
+    return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, **own)
 
 
 def _same(value: Any) -> Any:

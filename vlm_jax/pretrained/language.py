@@ -18,6 +18,7 @@ from vlm_jax.pretrained.family import (
     PretrainedError,
     with_defaults,
 )
+from vlm_jax.pretrained.gemma import gemma3
 from vlm_jax.pretrained.internlm2 import internlm2
 from vlm_jax.pretrained.llama import (
     llama,
@@ -36,6 +37,7 @@ from vlm_jax.types import Batch, Config, Dtype
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "LLaVAOneVision1_5_text": llava_onevision15,
     "deepseek_v2": deepseek_v2,
+    "gemma3_text": gemma3,
     "internlm2": internlm2,
     "llama": llama,
     "mistral": mistral,

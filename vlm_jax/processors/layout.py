@@ -49,6 +49,7 @@ class Visual:
       before: where a reducer keeps positions of tokens, the positions of all tokens before it, from 0.
       extent: offset of the positions after the run; max(positions) + 1 when None.
       interpolation: the rows of which each token is a weighted mean; None where each is that of `rows`.
+      grouped: whether its tokens attend to each other in both directions; see `types.Batch.group_ids`.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
@@ -57,6 +58,7 @@ class Visual:
     before: Int[np.ndarray, "m"] | Int[np.ndarray, "m 3"] | None = None
     extent: int | None = None
     interpolation: Interpolation | None = None
+    grouped: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +91,8 @@ def lay_out(
       float32 for loss_weights. `targets` has at each position the next id of its example; loss_weights
       is the weight of the piece of that id. Positions count from 0 in every example, and
       continue from the end of branch 0 in every branch; on three axes, positions after an image continue from its
-      maximum. `branch_ids` is None where all is branch 0, and `visual_positions` where no image has `before`.
+      maximum. `branch_ids` is None where all is branch 0, `group_ids` where no run is grouped, and `visual_positions`
+      where no image has `before`.
 
     Raises:
       ValueError: the pieces are longer than `length`.
@@ -101,6 +104,7 @@ def lay_out(
     start = 0 if pad_side == "right" else length - count
     written = functools.partial(_written, length, start)
     branches = [segment.branches for segment in segments]
+    groups = [segment.groups for segment in segments]
     return Batch(
         tokens=written([segment.ids for segment in segments], pad_id),
         positions=written([segment.positions for segment in segments], 0),
@@ -110,6 +114,7 @@ def lay_out(
         ),
         visual_index=written([segment.rows for segment in segments], TEXT_SLOT),
         branch_ids=written(branches, 0) if any(part.any() for part in branches) else None,
+        group_ids=written(groups, 0) if any(part.any() for part in groups) else None,
         targets=written([_next(segment.ids, pad_id) for segment in segments], pad_id),
         loss_weights=written([_next(segment.learned, 0) for segment in segments], 0, np.float32),
         visual_positions=np.concatenate(before)[None] if (before := [x for s in segments for x in s.before]) else None,
@@ -148,17 +153,19 @@ class _Segment:
     """The arrays of one example."""
 
     def __init__(self, pieces: Pieces, rotary_3d: bool):
-        dtypes = (np.int32, np.int32, np.float32, np.int32)
+        dtypes = (np.int32, np.int32, np.float32, np.int32, np.int32)
         parts: list[tuple[np.ndarray, ...]] = [tuple(np.zeros(0, dtype) for dtype in dtypes)]
-        for piece in pieces:
-            text = isinstance(piece, Text)
-            values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch) if text else (piece.ids, piece.rows, 0, 0)
+        for number, piece in enumerate(pieces, 1):
+            if isinstance(piece, Text):
+                values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch, 0)
+            else:
+                values = (piece.ids, piece.rows, 0, 0, number if piece.grouped else 0)
             parts.append(
                 tuple(
                     np.broadcast_to(np.asarray(v, dtype), len(piece)) for v, dtype in zip(values, dtypes, strict=True)
                 )
             )
-        self.ids, self.rows, self.learned, self.branches = (
+        self.ids, self.rows, self.learned, self.branches, self.groups = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
         self.positions, self.before = _positions(pieces, rotary_3d)

@@ -92,7 +92,7 @@ class ImagePlaces(NamedTuple):
 
     Attributes:
       grid: rows and columns of its tiles, where they have places of their own; None where the image has one place.
-      places: of the tiles row by row, then of the whole image; or the one.
+      places: of the tiles row by row and of the whole image, in the order of the text; or the one.
     """
 
     grid: Grid | None
@@ -117,6 +117,7 @@ class Processor:
       frame_sampler: selects frames of a video file.
       table_rows: number of tokens in the model's table; None where a text cannot have others.
       reduction: the token reducer, which `views` takes into account; None for none.
+      grouped: the visual tokens of a place attend to each other in both directions; see `types.Batch.group_ids`.
     """
 
     prompt: Prompt
@@ -132,6 +133,7 @@ class Processor:
     frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
     reduction: Reduction | None = None
     table_rows: int | None = None
+    grouped: bool = False
 
     def __call__(
         self,
@@ -249,7 +251,8 @@ class Processor:
         ]
         most = None if shape is None else shape.pictures
         pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity, most)
-        joined = dataclasses.replace(_joined(laid, targets and self.prompt.independent_turns), images=pictures)
+        branched = targets and self.prompt.independent_turns
+        joined = dataclasses.replace(_joined(laid, branched, self.grouped), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
         if pictures is None:
@@ -658,7 +661,7 @@ class Processor:
                 mixed = place.prepared.interpolation
                 own = np.asarray(mixed.index)
                 mixed = dataclasses.replace(mixed, index=np.where(own < 0, own, own + start))
-            filled.append(Visual(rows, ids, **self._positions(place), interpolation=mixed))
+            filled.append(Visual(rows, ids, grouped=self.grouped, **self._positions(place), interpolation=mixed))
             order.append(place)
             start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order
@@ -712,8 +715,11 @@ def _check_row(row: Sequence[Example], shape: RowShape, keys: Mapping[str, str])
         )
 
 
-def _joined(rows: Sequence[Batch], branched: bool) -> Batch:
-    """Rows of one length, all with branches if `branched` or one has them, or with positions before a reducer."""
+def _joined(rows: Sequence[Batch], branched: bool, grouped: bool) -> Batch:
+    """Rows of one length, all with branches if `branched` or one has them, groups, or positions before a reducer."""
+    if grouped:
+        groups = [row.group_ids if row.group_ids is not None else np.zeros_like(row.tokens) for row in rows]
+        rows = [dataclasses.replace(row, group_ids=ids) for row, ids in zip(rows, groups, strict=True)]
     if branched or any(row.branch_ids is not None for row in rows):
         fill = [row.branch_ids if row.branch_ids is not None else np.zeros_like(row.tokens) for row in rows]
         rows = [dataclasses.replace(row, branch_ids=ids) for row, ids in zip(rows, fill, strict=True)]

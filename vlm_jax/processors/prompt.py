@@ -86,7 +86,7 @@ class Prompt(Protocol):
           turns: which answers are learned; see `learned.answer_weights`.
           continuation: text that follows the start of the answer, whose tokens are learned; without `targets` only.
           grids: of each of the conversation's images, the rows and columns of tiles that have slots of their own,
-            before a slot of the whole image; None, or none at all, for an image with one slot.
+            beside a slot of the whole image; None, or none at all, for an image with one slot.
           durations: of each of the conversation's videos, in seconds.
           **variables: further variables of the template.
         """
@@ -102,17 +102,21 @@ class Slots(NamedTuple):
 
 
 class TiledText(NamedTuple):
-    """What is encoded for an image whose tiles have slots of their own, before the text of an image with one slot.
+    """What is encoded for an image whose tiles have slots of their own, beside the text of an image with one slot.
 
     Attributes:
       tile: for a tile, with its number `{row}` and `{column}`, from 1.
       row_end: after the tiles of a row.
-      end: after all tiles.
+      end: after all tiles, before the text of the whole image; empty where `start` has that.
+      start: before all tiles, with `{whole}` for the text of the whole image where it comes first.
+      between: between two tiles.
     """
 
     tile: str
     row_end: str
     end: str
+    start: str = ""
+    between: str = ""
 
 
 class VideoText(NamedTuple):
@@ -347,12 +351,13 @@ class TemplatePrompt:
         if grid is None or self.tiled is None:
             return whole, 1
         rows, cols = grid
-        written = ""
+        start, between, written = self.tiled.start, self.tiled.between, []
         for row in range(1, rows + 1):
             for column in range(1, cols + 1):
-                written += self.tiled.tile.replace("{row}", str(row)).replace("{column}", str(column))
-            written += self.tiled.row_end
-        return f"{written}{self.tiled.end}{whole}", rows * cols + 1
+                tile = self.tiled.tile.replace("{row}", str(row)).replace("{column}", str(column))
+                written.append(tile + self.tiled.row_end * (column == cols))
+        tiles = start.replace("{whole}", whole) + between.join(written) + self.tiled.end
+        return tiles if "{whole}" in start else tiles + whole, rows * cols + 1
 
     def _video_text(self, times: Sequence[float], duration: float) -> str:
         form = self.texts.get("video", self.tokens["video"])

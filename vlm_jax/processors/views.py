@@ -161,7 +161,8 @@ class Views(Protocol):
     def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
         """Rows and columns of each image whose tiles have places of their own in the text.
 
-        Its tiles come row by row, then one of the whole image. None for an image with one place.
+        Its tiles come row by row, then one of the whole image, or before them, as in the text. None for an image with
+        one place.
         """
         ...
 

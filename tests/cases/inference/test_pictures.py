@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from vlm_jax.pretrained.processing.qwen_hf import _sampler
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.image_text import NaflexInputs, TensorFlowInputs
 from vlm_jax.processors.list_format import ListFormatError, from_list_format
@@ -166,6 +167,7 @@ THIN_VIEWS = {
     "fixed": FixedTilesViews(PIXELS, (336, 336), 576, (2, 2), True),
     "anyres": AnyresViews(SquareViews(PIXELS, (336, 336), 576, "crop"), (24, 24), ANYRES, 336),
     "split": SplitViews(PIXELS, 64, 4, 256),
+    "crops": CropViews(SquareViews(PIXELS, (64, 64), 4), min_crop_size=1),
     "ovis2": Ovis2Views(PIXELS, 448, 256),
     "ovis2_port": Ovis2Views(PIXELS, 64, 256, port=True),
     "deepseek_vl2": DeepSeekVL2Views(PIXELS, 384, (14, 14), ((384, 768), (768, 384))),

@@ -18,18 +18,22 @@ def trunk_rules(
     out_bias: bool,
     mlp_bias: bool,
     qk_norm: bool,
+    post_norm: bool = False,
     expert_dim: int | None = None,
     experts: Experts = "stacked",
 ) -> tuple[Rule, ...]:
     """Blocks and final norm, after `model.`; the settings are those of `Transformer`.
 
     Args:
-      qkv_bias, out_bias, mlp_bias, qk_norm, expert_dim: as in `Transformer`.
+      qkv_bias, out_bias, mlp_bias, qk_norm, post_norm, expert_dim: as in `Transformer`.
       experts: how those of a layer are stored.
     """
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    if post_norm:
+        norms |= {"post_attention_layernorm": "attention_post_norm", "pre_feedforward_layernorm": "mlp_norm"}
+        norms |= {"post_feedforward_layernorm": "mlp_post_norm"}
     rules = [
-        *rms_norm(f"{_BLOCK}.input_layernorm", f"{_OURS}/attention_norm"),
-        *rms_norm(f"{_BLOCK}.post_attention_layernorm", f"{_OURS}/mlp_norm"),
+        *(rule for released, ours in norms.items() for rule in rms_norm(f"{_BLOCK}.{released}", f"{_OURS}/{ours}")),
         *linear(f"{_BLOCK}.self_attn.o_proj", f"{_OURS}/attention/out", bias=out_bias),
         *rms_norm("norm", "final_norm"),
     ]

@@ -50,7 +50,8 @@ class Context:
         branch 0 and its own branch. None where there is one branch.
       groups: group ids of both queries and keys (without a cache); in causal attention, consecutive positions of one
         id other than 0 also attend to each other, as those of an image prefix. None where there are no groups.
-      angles: RoPE angles of the queries' positions, or None.
+      angles: RoPE angles of the queries' positions, or None; of several ropes those of each, concatenated, of which a
+        stack of blocks takes each block's own (`TransformerStack.ropes`).
       magnitude: factor of rotated queries and keys.
       query_scale: factor of every query, or None.
       window: keys that a query of causal attention attends to at most, its own included; None for all.

@@ -36,6 +36,7 @@ class MultiHeadAttention(nn.Module):
       qk_norm: normalises queries and keys before RoPE, or None.
       qk_norm_over: whether `qk_norm` is per head, or over all heads at once, as in InternViT.
       norm_epsilon: epsilon of `qk_norm`.
+      qk_scale: factor of the attention logits; H ** -0.5 when None.
       out_dim: width of the output; the input's when None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -49,6 +50,7 @@ class MultiHeadAttention(nn.Module):
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     norm_epsilon: float = 1e-6
+    qk_scale: float | None = None
     out_dim: int | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -100,7 +102,9 @@ class MultiHeadAttention(nn.Module):
         if context.query_scale is not None:
             query = query * context.query_scale[:, :, None, None].astype(query.dtype)
         if not self.is_initializing():
-            for name, heads_of in (("queries", query), ("keys", key)):
+            # What ranks tokens by these scales them by H ** -0.5.
+            queries = query if self.qk_scale is None else query * (self.qk_scale * head_dim**0.5)
+            for name, heads_of in (("queries", queries), ("keys", key)):
                 self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=last)
         past = fresh = None
         if cache is not None:
@@ -108,6 +112,6 @@ class MultiHeadAttention(nn.Module):
             fresh = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
             key, value = key.astype(self.dtype), value.astype(self.dtype)
             past = cache if cache.key.shape[-1] else None
-        out = attention(query, key, value, context, past=past).reshape(*x.shape[:-1], -1)
+        out = attention(query, key, value, context, past=past, scale=self.qk_scale).reshape(*x.shape[:-1], -1)
         width = self.out_dim or x.shape[-1]
         return Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)(out), fresh
