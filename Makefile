@@ -39,7 +39,7 @@ BROWSER ?= @sparticuz/chromium@153.0.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke golden processes fuzz faults docs
+.PHONY: sweep test parity lint types imports smoke golden processes fuzz faults soak docs
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) \
@@ -63,6 +63,9 @@ fuzz: $(VENV)/.test  ## malformed inputs of all readers, for MINUTES
 
 faults: $(VENV)/.test  ## checkpoints whose files are damaged: FLIPS bits of each; runs that are killed KILLS times
 	$(BIN)/python -m pytest $(UNCHECKED) tests/faults --flips=$(FLIPS) --kills=$(KILLS) $(ARGS)
+
+soak: $(VENV)/.test  ## a training process for MINUTES, whose memory, open files and threads must be flat; 30 show most
+	$(BIN)/python -m tests.faults.soak --minutes=$(MINUTES) $(ARGS)
 
 docs: $(VENV)/.docs  ## the pages, without a warning, into build/site; and every command of them
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

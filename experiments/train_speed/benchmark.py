@@ -40,11 +40,10 @@ def peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
+def config_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
     """The release as `configs/finetune.py` trains it, in float32."""
     sys.path.append(str(ROOT))
     from configs import finetune
-    from vlm_jax.build import build
 
     config = finetune.get_config()
     with config.unlocked():
@@ -52,6 +51,14 @@ def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int
         config.row.update({"length": length, "images": images})
         config.encoder.remat, config.decoder.remat = remat
         config.stages.instruction.learning_rates = {"encoder": RATE, "connector": RATE, "decoder": RATE}
+    return config
+
+
+def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
+    """That of `config_of`."""
+    config = config_of(folder, remat, length, images)
+    from vlm_jax.build import build
+
     return build(config)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.types import Fields, Tree
 
@@ -49,6 +49,19 @@ def array_checksums(arrays: Mapping[str, Tree]) -> dict[str, str]:
         found = jax.jit(_device_sums, out_shardings=out)(list(others.values()))
         sums |= dict(zip(others, np.asarray(found).tolist(), strict=True))
     return {name: described(x, sums[name]) for name, x in arrays.items()}
+
+
+def merged_checksums(arrays: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+    """Checksums of arrays on several hosts, which a sum with zeros does not change; all processes call this alike.
+
+    Zeros have no sign, values too small for a normal number count as zeros, since XLA takes them as such on CPUs and
+    TPUs, and all NaNs are the same.
+
+    Args:
+      arrays: on the mesh.
+      mesh: of the result, a uint32 for each array, on all devices.
+    """
+    return jax.jit(_merged_sums, out_shardings=NamedSharding(mesh, PartitionSpec()))(list(arrays))
 
 
 def described(array: Any, checksum: int) -> str:
@@ -85,12 +98,18 @@ def _device_sums(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([_device_sum(array) for array in arrays])
 
 
-def _device_sum(array: jax.Array) -> jax.Array:
+def _merged_sums(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([_device_sum(array, is_merged=True) for array in arrays])
+
+
+def _device_sum(array: jax.Array, *, is_merged: bool = False) -> jax.Array:
     size = array.dtype.itemsize
     if array.dtype == jnp.bool_:
         bits = array.astype(jnp.uint8)
     else:
         bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32))
+    if is_merged and jnp.issubdtype(array.dtype, jnp.floating):
+        bits = _canonical(bits, array.dtype)
     if bits.ndim == 0:
         bits = bits[None]
     index = jnp.zeros(bits.shape, jnp.uint32)
@@ -98,6 +117,16 @@ def _device_sum(array: jax.Array) -> jax.Array:
         stride = np.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
         index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
     return jnp.sum(_mixed(bits.astype(jnp.uint32), index), dtype=jnp.uint32)
+
+
+def _canonical(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Bits of floating-point numbers, with one zero and one NaN."""
+    fraction = jnp.finfo(dtype).nmant
+    sign, kind = 1 << (8 * np.dtype(dtype).itemsize - 1), bits.dtype.type
+    infinity = kind(sign - (1 << fraction))
+    exponent, rest = bits & infinity, bits & kind((1 << fraction) - 1)
+    bits = jnp.where(exponent == 0, kind(0), bits)
+    return jnp.where((exponent == infinity) & (rest != 0), infinity | kind(1), bits)
 
 
 def _words(values: np.ndarray) -> np.ndarray:

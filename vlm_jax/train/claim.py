@@ -14,6 +14,7 @@ from vlm_jax.checkpoints.orbax import CHECKPOINTS
 from vlm_jax.config import ConfigError, RunConfig, differences, plain, read_json
 from vlm_jax.paths import absolute, is_remote
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.train.copies import COPIES_ID
 from vlm_jax.train.input import ROWS
 from vlm_jax.train.lock import lock, unwritable
 from vlm_jax.train.watchdog import HEARTBEATS
@@ -23,7 +24,7 @@ from vlm_jax.types import Fields, Tree
 
 LOCK_FILE = "run.lock"
 # Files and folders that a run writes before its first step.
-EARLY = (LOCK_FILE, HEARTBEATS, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID)
+EARLY = (LOCK_FILE, HEARTBEATS, ROWS, CHECKPOINTS, COPIES_ID, METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID)
 # Keys that change no number of the steps already taken, as patterns of paths; all others are those of the first start.
 FREE = (
     "config.loop.*",

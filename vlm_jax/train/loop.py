@@ -32,6 +32,7 @@ from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train import replay
 from vlm_jax.train.best import Best
 from vlm_jax.train.claim import Claim
+from vlm_jax.train.copies import Copies
 from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, Given, rows, stage_batches
 from vlm_jax.train.replay import REPLAY
@@ -157,6 +158,7 @@ class Trainer:
         self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
         self._profiler = Profiler(self._settings.profile, self.workdir)
         self._watchdog = Watchdog(self.workdir, self._settings.watchdog)
+        self._copies = Copies(self._settings, mesh, self.workdir)
         self._stop = False
 
     @property
@@ -190,9 +192,14 @@ class Trainer:
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
             with contextlib.ExitStack() as stack:
                 stack.callback(signal.signal, signal.SIGTERM, previous)
+                stack.enter_context(self._copies.held())
                 checkpoints = stack.enter_context(contextlib.closing(self._checkpoints()))
                 stack.callback(self._profiler.close)
-                resumed = checkpoints.newest(lambda step: self._abstract_state(span_at(self._spans, step)))
+                resumed = self._copies.newest(
+                    checkpoints,
+                    lambda step: self._abstract_state(span_at(self._spans, step)),
+                    lambda step: {"batch": step - span_at(self._spans, step).start},
+                )
                 step = 0 if resumed is None else resumed.step
                 self._watchdog.pause(step)
                 log = RunLog(self.workdir, self._config, step, self._settings.writers)
@@ -219,6 +226,7 @@ class Trainer:
             checkpoints.save(span.start, state, position)
             self._evaluate(state, log, checkpoints, None)
         wait_for_all("the last metrics are written")
+        self._copies.remove(checkpoints)
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
         return Outcome(self._usable(state), statistics.median(seconds) if seconds else None, most_bytes)
@@ -263,6 +271,8 @@ class Trainer:
                         checkpoints.save(step, state, {"batch": step - span.start})
                         if stops and step < self.num_steps:
                             self._interrupt(step, checkpoints)
+                    elif self._copies.is_due(step) and not last:
+                        self._copies.save(step, state)
                     if saves or not last:  # else at the start of the next stage, whose first state is saved
                         self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
                     watch.restart()
@@ -273,9 +283,9 @@ class Trainer:
         return state, max(map(peak_bytes, programs.values()))
 
     def _logs(self, step: int) -> bool:
-        """Whether the log is written after a step, as before a checkpoint or an evaluation."""
+        """Whether the log is written after a step, as before a checkpoint, a copy or an evaluation."""
         every = self._settings.log_every, self._settings.save_every
-        return self._evaluations.is_due(step) or any(step % steps == 0 for steps in every)
+        return self._evaluations.is_due(step) or self._copies.is_due(step) or any(step % steps == 0 for steps in every)
 
     def _evaluate(self, state: TrainState, log: RunLog, checkpoints: RunCheckpoints, position: Fields | None) -> None:
         """Makes the evaluation of a step if it is due; stopped by SIGTERM, it is left to the next process.

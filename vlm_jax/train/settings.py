@@ -16,6 +16,10 @@ class LoopSettings(GuardSettings):
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: number of newest checkpoints to keep.
       keep_every: also keeps the checkpoints of steps that are a multiple of it; None for none.
+      local_copies: a folder of each host's own disk or memory for copies of the state between checkpoints, by Orbax's
+        emergency manager: where a host is lost, the run resumes from a copy of the others. For runs whose
+        `config.mesh.data` copies of the model have hosts of their own; the first has none. None for no copies.
+      copy_every: steps between these copies.
       keep_best: a number of the evaluations, by its path in `evaluations.jsonl`, as `accuracy/vqa/mean`: also keeps the
         checkpoint of the evaluated step where it is best, of equal ones the first; None for none.
       best_is: whether the highest or the lowest value of `keep_best` is best.
@@ -34,6 +38,8 @@ class LoopSettings(GuardSettings):
     save_every: Count = 200
     keep: Count = 2
     keep_every: Count | None = None
+    local_copies: str | None = None
+    copy_every: Count = 20
     keep_best: str | None = None
     best_is: Literal["highest", "lowest"] = "highest"
     log_every: Count = 20
