@@ -32,6 +32,9 @@ PUBLISHED = [
     ("Qwen/Qwen2.5-VL-7B-Instruct", (728, 1288), 26 * 46),
     ("Qwen/Qwen3-VL-8B-Instruct", (736, 1280), 23 * 40),
     ("lmms-lab/LLaVA-OneVision-1.5-4B-Instruct", (1600, 1600), 57 * 57),
+    ("google/gemma-3-4b-it", (720, 1280), 256),  # Gemma Team 2025, section 2.1
+    # Li et al. 2024, section 3.2: 729 a tile, of at most 9 besides the whole; newlines besides.
+    ("llava-hf/llava-onevision-qwen2-7b-ov-hf", (1152, 1152), 729 + 81 * 81 + 81),
     ("AIDC-AI/Ovis2-8B", (448, 448), 256 + 3),  # one tile, its start, the end of a row, and the end
     ("AIDC-AI/Ovis2.5-9B", (448, 448), 14 * 14 + 2),
 ]
@@ -69,7 +72,7 @@ def test_a_folder_takes_what_its_processor_gives(tmp_path):
 def test_what_has_no_images_in_conversations_is_named(tmp_path):
     with pytest.raises(PretrainedError, match=r"did you mean 'Qwen/Qwen2\.5-VL-7B-Instruct'"):
         count_tokens("Qwen/Qwen2.5-VL-7B-Instrct", [(8, 8)])
-    for name in ("facebook/sam-vit-base", "google/siglip-so400m-patch14-384"):
+    for name in ("facebook/sam-vit-base", "google/siglip-so400m-patch14-384", "google/gemma-3-1b-it"):
         with pytest.raises(
             PretrainedError, match=tried("has no conversations with images, which are counted; name a whole system")
         ):

@@ -41,11 +41,13 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
       param_dtype: of the stored parameters.
 
     Raises:
-      PretrainedError: no such config, or one of a tower alone.
+      PretrainedError: no such config, or one of a tower or a language model alone.
     """
     described, config = describe_known(name, dtype=dtype, param_dtype=param_dtype), known_config(name)
     model = described.module
     no_ends = functools.partial(_same, ())
+    if isinstance(model, VLM) and model.encoder is None:
+        raise PretrainedError(f"{name}: has no encoder to plan with")
     if isinstance(model, VLM):
         processor = _conversations(name, model, config)
         return System(model, described.inputs, functools.partial(_same, processor), no_ends)

@@ -68,7 +68,7 @@ def count_tokens(release: str, sizes: Sequence[Size], token_budget: int | None =
 def _views(release: str) -> Views:
     """The views of a system whose conversations have images."""
     if release in known_configs():
-        if not isinstance(describe_known(release).module, VLM):
+        if not _has_images(release):
             raise PretrainedError(f"{release}: {NO_IMAGES}")
         return known_system(release, dtype=jnp.float32, param_dtype=jnp.float32).processor.views
     folder = absolute(release)
@@ -84,7 +84,12 @@ def _views(release: str) -> Views:
 
 def conversational() -> Iterator[str]:
     """Included releases whose conversations have images, in alphabetical order."""
-    return (name for name in known_configs() if isinstance(describe_known(name).module, VLM))
+    return filter(_has_images, known_configs())
+
+
+def _has_images(name: str) -> bool:
+    model = describe_known(name).module
+    return isinstance(model, VLM) and model.encoder is not None
 
 
 def count_all(
