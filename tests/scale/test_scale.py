@@ -67,7 +67,25 @@ def one_device(folder, steps, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdirs(request, folder, steps, tmp_path_factory):
+def start():
+    """Starts so many processes that do the same jobs together; they are killed at the end, however it comes."""
+    begun: list[subprocess.Popen] = []
+
+    def of(jobs, count) -> list[subprocess.Popen]:
+        words, port = [sys.executable, "-m", "tests.scale.training", json.dumps(jobs), str(count)], str(free_port())
+        made = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        for index in range(count):
+            begun.append(subprocess.Popen([*words, str(index), port], env=environment(2), **made))
+        return begun[-count:]
+
+    yield of
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def workdirs(request, folder, start, steps, tmp_path_factory):
     """Workdirs of the chosen cases with so many processes, which train them one after another; and what they said."""
     made = {}
 
@@ -88,12 +106,6 @@ def workdirs(request, folder, steps, tmp_path_factory):
 
 def job(folder, workdir, system, mesh, steps, **more):
     return {"folder": str(folder), "workdir": str(workdir), "system": system, "mesh": mesh, "steps": steps, **more}
-
-
-def start(jobs, count) -> list[subprocess.Popen]:
-    words, port = [sys.executable, "-m", "tests.scale.training", json.dumps(jobs), str(count)], str(free_port())
-    made = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([*words, str(index), port], env=environment(2), **made) for index in range(count)]
 
 
 def curves(workdir) -> tuple[list[float], list[float], list[int]]:
@@ -118,12 +130,13 @@ def test_steps_are_those_of_one_device(case, workdirs, one_device):
 
 @pytest.mark.parametrize("system", IMAGES)
 def test_a_run_whose_process_was_killed_goes_on_with_as_many_and_with_fewer(
-    system, folder, steps, one_device, tmp_path
+    system, folder, start, steps, one_device, tmp_path
 ):
     wide = "fsdp=2,tensor=2,expert=2" if system in EXPERTS else "data=2,fsdp=2,tensor=2"
     given = folder, tmp_path / "run", system, wide, steps
     *others, victim = start([job(*given, killed=[3, KILLED], save_every=SAVED, log_every=1)], 4)
-    assert victim.wait(timeout=300) == -signal.SIGKILL
+    victim.communicate(timeout=300)
+    assert victim.returncode == -signal.SIGKILL
     for process in others:
         step, seconds = lost(process, victim, 3)
         assert step <= KILLED and seconds <= WATCHDOG
