@@ -178,8 +178,9 @@ def distribute(batch: Tree, mesh: Mesh) -> Tree:
     def whole(leaf: np.ndarray) -> jax.Array:
         size = len(leaf) // len(shards.own)
 
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
-            first = shards.own.index((index[0].start or 0) // size) * size
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            start = index[0].start if index else None
+            first = shards.own.index((start or 0) // size) * size
             return leaf[first : first + size]
 
         return jax.make_array_from_callback((size * shards.count, *leaf.shape[1:]), sharding, rows)
