@@ -12,6 +12,8 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 # Without the checks of annotated shapes: `make test` runs the same code under them, and they take a fifth of the time.
 UNCHECKED := --jaxtyping-packages=
 MINUTES ?= 10
+# Empty for a sample, as in CI.
+SCALE ?= --all-meshes
 FLIPS ?= 200
 KILLS ?= 50
 WORKDIR ?= workdir/digits_token_budget
@@ -39,7 +41,7 @@ BROWSER ?= @sparticuz/chromium@153.0.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke golden processes fuzz faults soak docs
+.PHONY: sweep test parity lint types imports smoke golden processes fuzz faults soak scale docs
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) \
@@ -66,6 +68,9 @@ faults: $(VENV)/.test  ## checkpoints whose files are damaged: FLIPS bits of eac
 
 soak: $(VENV)/.test  ## a training process for MINUTES, whose memory, open files and threads must be flat; 30 show most
 	$(BIN)/python -m tests.faults.soak --minutes=$(MINUTES) $(ARGS)
+
+scale: $(VENV)/.test  ## small releases trained by 2 and 4 processes on many meshes, one of which is killed
+	$(BIN)/python -m pytest $(UNCHECKED) tests/scale $(SCALE) $(ARGS)
 
 docs: $(VENV)/.docs  ## the pages, without a warning, into build/site; and every command of them
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -75,7 +75,8 @@ def input_alone(config: ConfigDict, batches: int) -> float:
     """Images per second, after the first batch."""
     experiment = build(config)
     (span,) = parse_schedule(tuple(config.schedule), config.stages)
-    iterator = stage_batches(experiment, span.stage, config.seed, num_workers=config.loop.input_workers)
+    workers, mesh = config.loop.input_workers, make_mesh(MeshSettings())
+    iterator = stage_batches(experiment, span.stage, config.seed, mesh, num_workers=workers)
     for _ in range(2 * max(1, config.loop.input_workers) + 1):  # batches that were prefetched while workers started
         next(iterator)
     start = time.perf_counter()

@@ -262,7 +262,7 @@ def test_pages_of_digits_have_tasks_and_digits_that_fit():
 
 
 def test_a_batch_is_divided_and_of_one_size():
-    with pytest.raises(ConfigError, match=tried("over {2} hosts; set it to a positive multiple of {2}")):
+    with pytest.raises(ConfigError, match=tried("over {2} shards; set it to a positive multiple of {2}")):
         batches(STREAM, 5, shard_count=2)
     assert next(iter(batches(STREAM, 4, shard_count=2))).tokens.shape[0] == 2
     with pytest.raises(

@@ -45,11 +45,12 @@ def test_the_iterator_yields_what_batch_at_makes(num_threads):
 
 
 def test_shards_side_by_side_are_the_global_batch():
-    shards = [list(batches(STREAM, 6, shard_index=index, shard_count=2)) for index in range(2)]
+    shards = [list(batches(STREAM, 6, shards=(index,), shard_count=2)) for index in range(2)]
     assert [len(shard) for shard in shards] == [3, 3]
     for step, (first, second) in enumerate(zip(*shards, strict=True)):
         assert indices(first) + indices(second) == indices(batch_at(STREAM, 6, step))
-        assert indices(second) == indices(batch_at(STREAM, 6, step, shard_index=1, shard_count=2))
+        assert indices(second) == indices(batch_at(STREAM, 6, step, shards=(1,), shard_count=2))
+    assert indices(batch_at(STREAM, 6, 1, shards=(0, 2), shard_count=3)) == [6, 7, 10, 11]
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -74,7 +75,7 @@ def test_digit_pages_are_made_again_from_seed_and_step():
     )
     source = Digits(variants=1).open(tools)
     iterator = batches(source.train("cells", seed=3), 8, num_threads=2)
-    shard = batches(source.train("cells", seed=3), 8, shard_index=1, shard_count=2)
+    shard = batches(source.train("cells", seed=3), 8, shards=(1,), shard_count=2)
     for step in range(3):
         batch, part = next(iterator), next(shard)
         again = batch_at(source.train("cells", seed=3), 8, step)
@@ -100,7 +101,7 @@ def test_an_error_of_an_element_reaches_the_reader():
         (
             5,
             2,
-            r"config\.stages: a batch_size of 5 cannot .* over 2 hosts; .* multiple of 2",
+            r"config\.stages: a batch_size of 5 cannot .* over 2 shards; .* multiple of 2",
         ),
         (0, 1, r"config\.stages: a batch_size of 0"),
         (24, 1, r"config\.stages: the data has 23 samples, too few for a batch_size of 24"),
@@ -112,8 +113,8 @@ def test_a_batch_size_that_cannot_be_is_refused(batch_size, shards, message):
 
 
 def test_a_shard_or_step_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match=r"shard_index must be in \[0, 2\), got 2"):
-        batches(STREAM, 4, shard_index=2, shard_count=2)
+    with pytest.raises(ValueError, match=r"shards must be one or more of \[0, 2\), got \(2,\)"):
+        batches(STREAM, 4, shards=(2,), shard_count=2)
     with pytest.raises(IndexError, match="5 batches of 4, but not step 5"):
         batch_at(STREAM, 4, 5)
 

@@ -207,7 +207,7 @@ def test_one_two_and_four_hosts_read_the_same_rows_and_make_a_step_again():
         # Every host plans for itself.
         streams = [grain.MapDataset.source(plan()).map(as_batch) for _ in range(hosts)]
         read = [
-            batches(stream, 8, shard_index=index, shard_count=hosts, num_threads=2)
+            batches(stream, 8, shards=(index,), shard_count=hosts, num_threads=2)
             for index, stream in enumerate(streams)
         ]
         for step in range(4):

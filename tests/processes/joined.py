@@ -29,8 +29,8 @@ def losses(workdir) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
-    """The step at which a process that ends says that the other one is lost."""
+def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> tuple[int, int]:
+    """The last step that a process that ends knows of the other one, and for how many seconds that was silent."""
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     assert re.search(
@@ -38,10 +38,10 @@ def lost(process: subprocess.Popen, other: subprocess.Popen, index: int) -> int:
     )
     named = rf"HostLost: process {index} \(process id {other.pid} on {re.escape(socket.gethostname())}\)"
     found = re.search(
-        rf"^{named} has given no sign of life for \d+ seconds, and was at step (\d+) then\. ", errors, re.M
+        rf"^{named} has given no sign of life for (\d+) seconds, and was at step (\d+) then\. ", errors, re.M
     )
     assert found, errors
-    return int(found[1])
+    return int(found[2]), int(found[1])
 
 
 def wait_for_beat(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen]) -> None:

@@ -1,17 +1,19 @@
 """From logical names to places on the mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import Named
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.rules import distribute, partition_spec, shardings, use_mesh
+from vlm_jax.sharding.rules import batch_shards, counted_rows, distribute, partition_spec, shardings, use_mesh
 
 BATCHED = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
@@ -107,3 +109,34 @@ def test_a_batch_lies_over_data_and_fsdp(mesh):
     assert {shard.data.shape for shard in got["weights"].addressable_shards} == {(2,)}
     np.testing.assert_array_equal(got["tokens"], batch["tokens"])
     assert got["none"] is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One of a host that is not here."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("shape", "hosts", "expected"),  # (data, fsdp, tensor, context, expert), hosts of devices, shards of each host
+    [
+        ((2, 2, 1, 1, 1), "0011", [(0, 1), (2, 3)]),
+        ((1, 4, 1, 1, 1), "0101", [(0, 2), (1, 3)]),
+        ((2, 1, 2, 2, 1), "00112233", [(0,), (0,), (1,), (1,)]),
+        ((1, 1, 2, 1, 2), "0011", [(0,), (0,)]),
+        ((1, 2, 1, 1, 2), "0001", [(0, 1), (1,)]),
+    ],
+)
+def test_hosts_read_the_rows_of_their_devices_and_count_each_row_once(shape, hosts, expected, monkeypatch):
+    devices = np.array([Device(number, int(host)) for number, host in enumerate(hosts)], object)
+    mesh = Mesh(devices.reshape(shape), ("data", "fsdp", "tensor", "context", "expert"))
+    counted = []
+    for host, shards in enumerate(expected):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        batch_shards.cache_clear()
+        assert batch_shards(mesh).own == shards
+        rows = np.array([[2 * shard, 2 * shard + 1] for shard in shards]).ravel()
+        counted += counted_rows({"rows": rows, "none": None}, mesh)["rows"].tolist()
+    assert sorted(counted) == list(range(2 * shape[0] * shape[1]))

@@ -134,7 +134,7 @@ def test_hosts_share_the_batches_of_one(pack, released, data):
     config.stages.instruction.batch_size = 4
     _, made = dataset_of(config)
     whole = [next(batches(made, 4, num_threads=0))]
-    iterators = [batches(made, 4, shard_index=index, shard_count=2, num_threads=0) for index in range(2)]
+    iterators = [batches(made, 4, shards=(index,), shard_count=2, num_threads=0) for index in range(2)]
     parts = [next(part) for part in iterators]
     for name in ("tokens", "segment_ids", "positions"):
         joined = np.concatenate([getattr(part, name) for part in parts])

@@ -13,8 +13,8 @@ The stream "cells" yields `CellBatch`es of one page, all others yield `Sample`s,
 one row. `loader.batches` and `loader.batch_at` join them:
 
     rows = source.train("questions", seed).map(processor)
-    iterator = batches(rows, batch_size, shard_index=jax.process_index(), shard_count=jax.process_count())
-    batch_at(rows, batch_size, step)    # the global batch of that step
+    iterator = batches(rows, batch_size, shards=(0, 1), shard_count=4)    # the first half of every batch
+    batch_at(rows, batch_size, step)                                      # the global batch of that step
 
 | kind | streams | what it is |
 |---|---|---|

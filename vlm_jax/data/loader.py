@@ -1,9 +1,9 @@
 """Batches of a stream: in order, sharded, checkpointable, and reproducible by index.
 
 The stream is a `grain.MapDataset` of batches of one (leading dimension 1), finite or not. Batch
-`step` joins batch_size elements from step * batch_size on; shard s of n yields the s-th of n equal
-parts of it. So a batch depends only on the stream and the step: not on threads, previous
-reads, or the number of shards.
+`step` joins batch_size elements from step * batch_size on; shard s of n is the s-th of n equal parts of it. So a batch
+depends only on the stream and the step: not on threads, previous reads, or the number of shards. A host reads one shard
+or several; hosts that compute the same rows together, each with other heads or positions, read the same shards.
 """
 
 from collections.abc import Sequence
@@ -47,36 +47,35 @@ def join(rows: Sequence[Rows]) -> Rows:
 
 
 class _Batches:
-    """Random access to one shard's part of every batch."""
+    """Random access to some shards of every batch."""
 
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int):
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, shards: Sequence[int], shard_count: int):
         if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
             raise ConfigError(
                 f"config.stages: a batch_size of {batch_size} cannot be divided evenly over "
-                f"{shard_count} hosts; set it to a positive multiple of {shard_count}"
+                f"{shard_count} shards; set it to a positive multiple of {shard_count}"
             )
-        if not 0 <= shard_index < shard_count:
-            raise ValueError(f"shard_index must be in [0, {shard_count}), got {shard_index}")
+        if not shards or not set(shards) <= set(range(shard_count)):
+            raise ValueError(f"shards must be one or more of [0, {shard_count}), got {tuple(shards)}")
         if len(dataset) < batch_size:
             raise ConfigError(
                 f"config.stages: the data has {len(dataset)} samples, too few for a batch_size of {batch_size}"
             )
         self._dataset = dataset
         self._batch_size = batch_size
-        self._part = batch_size // shard_count
-        self._offset = shard_index * self._part
+        size = batch_size // shard_count
+        self._places = [place for shard in shards for place in range(shard * size, (shard + 1) * size)]
 
     def __len__(self) -> int:
         return len(self._dataset) // self._batch_size
 
     def __getitem__(self, index: int) -> AnyBatch:
-        first = index * self._batch_size + self._offset
-        rows: list[Tree] = [self._dataset[element] for element in range(first, first + self._part)]
+        rows: list[Tree] = [self._dataset[index * self._batch_size + place] for place in self._places]
         return join(rows)
 
 
 def batch_at(
-    dataset: grain.MapDataset, batch_size: int, step: int, *, shard_index: int = 0, shard_count: int = 1
+    dataset: grain.MapDataset, batch_size: int, step: int, *, shards: Sequence[int] = (0,), shard_count: int = 1
 ) -> AnyBatch:
     """Batch number `step` (from 0), equal to the one that `batches` yields at that step.
 
@@ -84,14 +83,14 @@ def batch_at(
       dataset: stream of batches of one.
       batch_size: rows of the global batch.
       step: index of the batch.
-      shard_index: index of the part, in [0, shard_count).
-      shard_count: number of hosts; 1 returns the global batch.
+      shards: numbers of the shards, in [0, shard_count), in the order of the result.
+      shard_count: number of shards of equally many rows; 1 for the global batch.
 
     Raises:
       ConfigError: batch_size is not a multiple of shard_count, or larger than the dataset.
       IndexError: the dataset has no batch `step`.
     """
-    steps = _Batches(dataset, batch_size, shard_index, shard_count)
+    steps = _Batches(dataset, batch_size, shards, shard_count)
     if not 0 <= step < len(steps):
         raise IndexError(f"the data has {len(steps)} batches of {batch_size}, but not step {step}")
     return steps[step]
@@ -101,23 +100,23 @@ def batches(
     dataset: grain.MapDataset,
     batch_size: int,
     *,
-    shard_index: int = 0,
+    shards: Sequence[int] = (0,),
     shard_count: int = 1,
     num_threads: int = 1,
     num_workers: int = 0,
     prefetch: int = 2,
     start: int = 0,
 ) -> grain.DatasetIterator:
-    """Iterates over one shard's part of every batch; a last, smaller batch is dropped.
+    """Iterates over some shards of every batch; a last, smaller batch is dropped.
 
     The iterator is a checkpoint item of Orbax (`grain.checkpoint`), or `get_state` and `set_state`
     resume it at the next batch. An error in a thread or worker is raised by `next`.
 
     Args:
       dataset: stream of batches of one.
-      batch_size: rows of the global batch; a shard's has batch_size / shard_count.
-      shard_index: this host, in [0, shard_count).
-      shard_count: number of hosts.
+      batch_size: rows of the global batch; a shard has batch_size / shard_count.
+      shards: numbers of those of this host, in [0, shard_count), in the order of a batch.
+      shard_count: number of shards of equally many rows.
       num_threads: threads that prefetch batches; 0 loads them in `next`.
       num_workers: processes with such threads, each loading every num_workers-th batch; 0 loads
         batches in this process. `close` of the iterator stops them.
@@ -127,7 +126,7 @@ def batches(
     Raises:
       ConfigError: batch_size is not a multiple of shard_count, or larger than the dataset.
     """
-    steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))[start:]
+    steps = grain.MapDataset.source(_Batches(dataset, batch_size, shards, shard_count))[start:]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     made = steps.to_iter_dataset(options)
     if num_workers:

@@ -1,9 +1,13 @@
 """Rules from logical axes to mesh axes; the first applicable rule of a name is used."""
 
 import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -130,7 +134,68 @@ def replicated(function: Callable[..., Tree], mesh: Mesh | None) -> Callable[...
     return call
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchShards:
+    """How the rows of a batch are divided over the devices of a mesh, as one process sees it.
+
+    Attributes:
+      count: shards of equally many consecutive rows, numbered from 0.
+      own: numbers of those that are on devices of this process, in order. Where other axes of the mesh span
+        processes, several processes have the same ones.
+      counted: for each of `own`, whether this process is the first that has it.
+    """
+
+    count: int
+    own: tuple[int, ...]
+    counted: tuple[bool, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def batch_shards(mesh: Mesh) -> BatchShards:
+    """The shards of a batch on a mesh."""
+    places = [mesh.axis_names.index(name) for name in BATCH_AXES]
+    devices = np.moveaxis(mesh.devices, places, range(len(places)))
+    count, mine = math.prod(devices.shape[: len(places)]), jax.process_index()
+    holders = [{device.process_index for device in group} for group in devices.reshape(count, -1)]
+    own = tuple(number for number, processes in enumerate(holders) if mine in processes)
+    return BatchShards(count, own, tuple(mine == min(holders[number]) for number in own))
+
+
 def distribute(batch: Tree, mesh: Mesh) -> Tree:
-    """Puts this process's rows of a batch on its devices; the result is the global batch."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Puts this process's rows of a batch, those of `batch_shards(mesh).own`, on its devices.
+
+    Args:
+      batch: leaves [b, ...] with equally many rows of each of these shards, in their order.
+      mesh: of the run.
+
+    Returns:
+      The global batch, leaves [B, ...].
+    """
+    sharding, shards = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), batch_shards(mesh)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), batch)
+
+    def whole(leaf: np.ndarray) -> jax.Array:
+        size = len(leaf) // len(shards.own)
+
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            start = index[0].start if index else None
+            first = shards.own.index((start or 0) // size) * size
+            return leaf[first : first + size]
+
+        return jax.make_array_from_callback((size * shards.count, *leaf.shape[1:]), sharding, rows)
+
+    return jax.tree.map(whole, batch)
+
+
+def counted_rows(batch: Tree, mesh: Mesh) -> Tree:
+    """The rows of this process's part of a batch that no earlier process has too; numbers of all add up to the batch's.
+
+    Args:
+      batch: as of `distribute`.
+      mesh: of the run.
+    """
+    counted = batch_shards(mesh).counted
+    if all(counted):
+        return batch
+    return jax.tree.map(lambda leaf: leaf[np.repeat(counted, len(leaf) // len(counted))], batch)

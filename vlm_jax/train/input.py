@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
+from jax.sharding import Mesh
 
 from vlm_jax.build import AnyExperiment, Experiment
 from vlm_jax.data.loader import batches
 from vlm_jax.data.packing import PackedRows, SingleRows, bucket_of, buckets, fingerprint
 from vlm_jax.data.source import SizedStream
+from vlm_jax.sharding.rules import batch_shards
 from vlm_jax.train.stages import Stage
 from vlm_jax.types import Batch, Load, RowShape, Tree
 
@@ -123,23 +124,26 @@ def stage_batches(
     experiment: AnyExperiment,
     stage: Stage,
     seed: int,
+    mesh: Mesh,
     *,
     num_workers: int = 0,
     folder: str | os.PathLike[str] | None = None,
     start: int = 0,
 ) -> grain.DatasetIterator[Any]:
-    """This process's part of a stage's batches, from batch number `start` on.
+    """This process's part of a stage's batches, from batch number `start` on, for `sharding.rules.distribute`.
 
     Args:
       experiment, stage, seed, folder: as of `rows`.
+      mesh: devices over which the rows of a batch are divided.
       num_workers: processes that make the batches; 0 for a thread of this one.
       start: batches of the stage that are done, with any number of workers.
     """
+    shards = batch_shards(mesh)
     return batches(
         rows(experiment, stage, seed, folder=folder),
         stage.batch_size,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shards=shards.own,
+        shard_count=shards.count,
         num_workers=num_workers,
         start=start,
     )

@@ -28,7 +28,7 @@ from vlm_jax.optim.adamw import OptimizerSettings
 from vlm_jax.optim.patterns import describe
 from vlm_jax.paths import absolute
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
-from vlm_jax.sharding.rules import distribute, placed, use_mesh
+from vlm_jax.sharding.rules import counted_rows, distribute, placed, use_mesh
 from vlm_jax.train import replay
 from vlm_jax.train.best import Best
 from vlm_jax.train.claim import Claim
@@ -335,7 +335,8 @@ class Trainer:
         since = time.perf_counter()
         batch = next(iterator)
         waited = time.perf_counter() - since
-        return Given(distribute(batch, self.mesh), count_tokens(batch), waited if is_done(metrics) else 0.0)
+        tokens = count_tokens(counted_rows(batch, self.mesh))
+        return Given(distribute(batch, self.mesh), tokens, waited if is_done(metrics) else 0.0)
 
     def _watch(self, span: Span) -> Watch:
         return Watch(span, learning_rates(span.stage, self._optimizer), self.mesh, self._settings.peak_flops)
@@ -391,7 +392,7 @@ class Trainer:
 
     def _batches(self, span: Span, num_workers: int = 0, *, start: int = 0) -> Any:
         more: Any = {"num_workers": num_workers, "folder": self.workdir / ROWS, "start": start}
-        return stage_batches(self.experiment, span.stage, self._seed, **more)
+        return stage_batches(self.experiment, span.stage, self._seed, self.mesh, **more)
 
     def _keep_for_replay(self, span: Span, step: int) -> None:
         """Makes the batch of a step again, and writes it."""

@@ -143,7 +143,7 @@ class Step:
       number: steps of the run so far.
       metrics: scalars on the devices.
       waited: seconds that the devices were idle for its batch, at most.
-      tokens: `count_tokens` of this process's part of the batch.
+      tokens: `count_tokens` of this process's part of the batch, so that those of all processes add up to the batch's.
       program: the program that ran it.
     """
 
