@@ -18,7 +18,7 @@ from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.predictions import check_parquet
 from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import check_references, judged_answer
+from vlm_jax.evals.vqa import check_references, judged_answer, num_turns
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -262,6 +262,7 @@ class ReleaseRunner:
                     "task": sample.task,
                     **dataclasses.asdict(response),
                     "correct": score,
+                    "turns": num_turns(sample),
                     "visual_tokens": counts,
                     "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }
