@@ -8,6 +8,7 @@ Interrupt at any time; rerunning the command resumes. Without --releases, small 
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import pathlib
@@ -18,16 +19,11 @@ from typing import Any
 import numpy as np
 import rich.console
 from etils import epath
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vlm_jax.cli.process import explained, keep_programs, quieten
-from vlm_jax.evals.bootstrap import Bootstrap
-from vlm_jax.evals.metrics import metric_of
-from vlm_jax.evals.metrics.yes_no import Mme, Pope
-from vlm_jax.evals.scores import response_of
 from vlm_jax.paths import absolute
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.evaluation import CONTROLS, Evaluation
@@ -35,19 +31,19 @@ from vlm_jax.sweep.frontier import styles
 from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
 from vlm_jax.sweep.pages import markdown
 from vlm_jax.sweep.point_run import ANSWERS_FILE
-from vlm_jax.sweep.release_points import UNREDUCED, label
+from vlm_jax.sweep.release_points import UNREDUCED, is_guided, label
 from vlm_jax.sweep.release_run import ReleaseEvaluation
+from vlm_jax.sweep.retained import Replicates, of_benchmarks, shares, task_scores, told
 from vlm_jax.sweep.rows import RESULTS_FILE
 from vlm_jax.train.workdir import each_line, read_lines
 
 HERE = pathlib.Path(__file__).resolve().parent
 LITERATURE = HERE / "literature.json"
 DRAWN = ("random", DOWNSAMPLED)  # controls of every table and figure
-METHODS = tuple(
-    kind
-    for kind, cls in REDUCERS.items()
-    if cls is not None and not cls.reduces_clips and cls.guided_by is None and kind not in CONTROLS
+STILL = tuple(
+    kind for kind, cls in REDUCERS.items() if cls is not None and not cls.reduces_clips and kind not in CONTROLS
 )
+METHODS = tuple(kind for kind in STILL if not is_guided(kind))
 BUDGETS = (192, 128, 64)
 SMALL = {"methods": ("visionzip", "divprune", "fastv"), "budgets": (4, 2), "questions": 8}
 WHOLE = label(UNREDUCED, None)
@@ -81,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_samples=args.num_samples,
             tasks=tuple(args.tasks),
             metrics=tuple(args.metrics),
+            text_model=args.text_model,
         )
         console = rich.console.Console(markup=False)
         evaluations[name] = settings, Evaluation(settings, workdir / name, console=console)
@@ -110,11 +107,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a file of conversations, as of vlm_jax.cli.evaluate; required with --releases")
     parser.add_argument("--workdir", required=True)
     parser.add_argument(
-        "--methods", nargs="+", choices=sorted(REDUCERS), help="all for still pictures, or a few if small"
+        "--methods",
+        nargs="+",
+        choices=sorted(REDUCERS),
+        help="all for still pictures, or a few if small",
     )
     parser.add_argument("--budgets", nargs="+", type=int, help="visual tokens of an image, or of a tile")
     parser.add_argument("--tasks", nargs="+", help="as of vlm_jax.cli.evaluate; vqa if unset")
     parser.add_argument("--metrics", nargs="+", metavar="TASK=METRIC")
+    parser.add_argument("--text_model", help="of methods that choose by the question, as of vlm_jax.cli.evaluate")
     parser.add_argument("--num_samples", type=int)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, help="32 if unset")
@@ -133,7 +134,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--releases: expected different names, got {' '.join(names)}")
     args.tasks, args.metrics = args.tasks or ("vqa",), args.metrics or ()
     args.max_new_tokens, args.questions = args.max_new_tokens or 32, args.questions or SMALL["questions"]
-    args.methods = args.methods or (METHODS if args.releases else SMALL["methods"])
+    of_releases = STILL if args.text_model else METHODS
+    args.methods = args.methods or (of_releases if args.releases else SMALL["methods"])
     args.budgets = args.budgets or (BUDGETS if args.releases else SMALL["budgets"])
     return args
 
@@ -188,50 +190,25 @@ def system_rows(name: str, workdir: epath.Path, settings: ReleaseEvaluation, mis
     return rows + absent
 
 
-def replicates(rows: Iterable[Row], chosen: Mapping[str, str]) -> dict[str, Float[np.ndarray, "1+replicates"]]:
-    """{benchmark: its score, and that of each bootstrap replicate}.
-
-    The score is the first value of the task's metric; F1 for POPE. The subtasks of MME are one benchmark, whose score
-    is their sum. Replicates of two points have the same questions, so that their ratios are paired.
-    """
-    by_task: dict[str, list[Row]] = {}
-    for row in rows:
-        by_task.setdefault(row["task"], []).append(row)
-    found: dict[str, Any] = {}
-    for task, of_task in by_task.items():
-        metric = metric_of(task, chosen)
-        bootstrap, responses = Bootstrap(metric), [response_of(row) for row in of_task]
-        for response, statistics in zip(responses, metric.statistics(responses), strict=True):
-            bootstrap.add(response.group, statistics)
-        shown = "score" if isinstance(metric, Mme) else "f1" if isinstance(metric, Pope) else metric.values[0]
-        column = metric.values.index(shown)
-        values = np.concatenate([bootstrap.values[None], bootstrap.drawn])[:, column]
-        benchmark = task.partition(":")[0] if isinstance(metric, Mme) else task
-        found[benchmark] = found.get(benchmark, 0) + values
-    return found
+def replicates(rows: Iterable[Row], chosen: Mapping[str, str]) -> dict[str, Replicates]:
+    """{benchmark: its score, and that of each bootstrap replicate}, as the report has them."""
+    return of_benchmarks(task_scores(rows, chosen), chosen)
 
 
-def retained(
-    ours: Mapping[str, Float[np.ndarray, "1+replicates"]], whole: Mapping[str, Float[np.ndarray, "1+replicates"]]
-) -> Row:
+def retained(ours: Mapping[str, Replicates], whole: Mapping[str, Replicates]) -> Row:
     """Per cent of the unreduced scores: `retained` with the mean over benchmarks and its interval, and `benchmarks`.
 
     A benchmark on which the unreduced release scores 0 is left out; without any other, `retained` is None.
     """
-    shares = {name: _ratio(100 * ours[name], whole[name]) for name in whole if whole[name][0] > 0}
-    if not shares:
+    found = shares(ours, whole)
+    if not found:
         return {"retained": None, "benchmarks": {}}
-    mean = np.mean([*shares.values()], axis=0)
-    return {"retained": _told(mean), "benchmarks": {name: _told(share) for name, share in shares.items()}}
+    mean = np.mean([*found.values()], axis=0)
+    return {"retained": _told(mean), "benchmarks": {name: _told(share) for name, share in found.items()}}
 
 
-def _ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def _told(values: Float[np.ndarray, "1+replicates"]) -> Row:
-    low, high = np.nanquantile(values[1:], (0.025, 0.975))
-    return {"mean": float(values[0]), "low": float(low), "high": float(high)}
+def _told(values: Replicates) -> Row:
+    return dataclasses.asdict(told(values))
 
 
 def table(rows: Sequence[Row]) -> str:

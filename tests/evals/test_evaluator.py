@@ -52,6 +52,7 @@ def test_metrics_of_rows_read_back_are_those_of_the_answers(monkeypatch):
         "references": ["5", "6"],
         "group": "page",
         "is_finished": False,
+        "turns": 1,
     }
     metrics = made.metrics([json.loads(json.dumps(row)) for row in rows])
     assert {task: (entry["mean"], entry["n"]) for task, entry in metrics["accuracy"].items()} == {

@@ -16,6 +16,7 @@ def test_rows_are_read_back(tmp_path):
             "question": "q",
             "group": "g",
             "is_finished": place % 2 == 0,
+            "turns": place % 3 + 1,
             "correct": place % 2 == 0 if place % 3 else 0.25,
             "visual_tokens": [16] * (place % 2),
             "tokens_by_span": [],

@@ -23,7 +23,7 @@ from vlm_jax.reducers import REDUCERS, cdpruner
 from vlm_jax.reducers.cdpruner import CDPruner
 from vlm_jax.reducers.reducer import KeepsFeatures
 from vlm_jax.reducers.trim import TRIM
-from vlm_jax.sweep.release_run import ReleaseRunner
+from vlm_jax.sweep.release_run import ReleaseEvaluation, ReleaseRunner
 from vlm_jax.types import Guidance, RowShape, VisualFeatures
 
 from ..advice import tried
@@ -253,6 +253,30 @@ def test_an_evaluation_reads_the_guide_once_for_all_its_points(folders):
     assert set(first) == {*model.params, "guide"}
     other = model.with_budget(3, reducer={"kind": "cdpruner", "text_model": str(whole)}).system
     assert runner.params_of(other)["guide"] is first["guide"]
+
+
+def test_an_evaluation_names_the_clip_and_the_question_of_the_points_that_need_them(folders, tmp_path):
+    _, folder, whole = folders
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "0", "question": "Who?", "answer": "a"}) + "\n")
+
+    def settings(*reducers, **given):
+        return ReleaseEvaluation(str(folder), str(tmp_path / "q.jsonl"), reducers, (KEPT,), **given)
+
+    given = {"text_model": str(whole), "question": "last"}
+    runner = ReleaseRunner(settings("random", "cdpruner", **given), tmp_path)
+    plain, chosen = runner.points
+    assert (chosen.system.model.reducer.text_model, chosen.system.model.reducer.question) == tuple(given.values())
+    of_chosen, of_plain = (settings("random", "cdpruner", **given).command("work", one) for one in (chosen, plain))
+    assert f"--text_model={whole} --question=last" in of_chosen
+    assert "--text_model" not in of_plain and "--question" not in of_plain
+    assert settings("cdpruner").of_answers.keys().isdisjoint(given)  # workdirs of before are resumed
+    unnamed = ReleaseRunner(settings("random", "cdpruner"), tmp_path)
+    assert [point.label for point in unnamed.points] == ["random@5"]
+    assert "(--text_model of vlm_jax.cli.evaluate)" in unnamed.refused[0].reason
+    words = tried("chooses by the question; add one that does ({}) to --reducers, or leave {--text_model} out")
+    with pytest.raises(ConfigError, match=words):
+        settings("random", text_model=str(whole))
+    assert settings("random").guidance == {} and settings("trim", text_model="a").guidance == {"text_model": "a"}
 
 
 def test_what_has_no_clip_or_another_one_is_refused(folders, tmp_path):

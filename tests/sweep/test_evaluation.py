@@ -110,6 +110,11 @@ def test_the_frontier_and_the_report_show_every_point(finished):
     page = (finished[0] / "report.html").read_text()
     assert 'data-point="none@released"' in page and 'data-point="fastv@4"' in page
     assert '<option value="seconds_per_sample">' in page and '<option value="step_seconds">' not in page
+    kept = json.loads((finished[0] / "retained.json").read_text())
+    whole, dropped = (line["accuracy"]["vqa"]["mean"] for line in lines(finished[0] / "results.jsonl"))
+    means = [point["overall"]["share"]["mean"] for point in kept["points"]]
+    assert kept["full"] == "none@released" and means == pytest.approx([100, 100 * dropped / whole])
+    assert '<section id="retained">' in page
 
 
 def test_a_stopped_point_goes_on_behind_its_last_whole_line(evaluation, finished, tmp_path, monkeypatch):

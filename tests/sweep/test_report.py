@@ -117,10 +117,10 @@ EXAMPLES = [
 ]
 
 
-def report(tmp_path, results=RESULTS, examples=EXAMPLES, title="A sweep"):
+def report(tmp_path, results=RESULTS, examples=EXAMPLES, title="A sweep", retained=None):
     path = epath.Path(tmp_path) / "report.html"
     path.write_text("an earlier one")
-    write_report(results, path, controls=CONTROLS, examples=examples, title=title)
+    write_report(results, path, controls=CONTROLS, examples=examples, title=title, retained=retained)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     return Page(path.read_text()).root
 

@@ -5,6 +5,7 @@ Asks a release the questions of a file with every reducer and budget, and writes
 """
 
 import sys
+from typing import cast, get_args
 
 from absl import app, flags
 
@@ -12,6 +13,7 @@ from vlm_jax.cli import executors, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
+from vlm_jax.reducers.reducer import WhichQuestion
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.failures import summary
 from vlm_jax.train.loop import Interrupted
@@ -45,6 +47,18 @@ COMPARE = flags.DEFINE_string(
     "The workdir of another evaluation of the same data, or the folder of one of its points: says how all metrics "
     "differ, with intervals and p-values.",
 )
+TEXT_MODEL = flags.DEFINE_string(
+    "text_model",
+    None,
+    "Of reducers that choose by the question: the CLIP whose image tower the release has, its folder or its name on "
+    "the Hugging Face hub; unset where the release's config names it.",
+)
+QUESTION = flags.DEFINE_enum(
+    "question",
+    None,
+    get_args(WhichQuestion),
+    "Of the same: which question of a conversation chooses; the first one if unset.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -69,6 +83,8 @@ def main(argv: list[str]) -> None:
                 metrics=tuple(METRICS.value),
                 parquet=PARQUET.value,
                 compare=COMPARE.value,
+                text_model=TEXT_MODEL.value,
+                question=cast(WhichQuestion | None, QUESTION.value),
             )
             with executors.open_executor() as executor:
                 evaluation = Evaluation(settings, str(WORKDIR.value), executor=executor)

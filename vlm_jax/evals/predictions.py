@@ -45,6 +45,7 @@ def write_parquet(rows: Iterable[Mapping[str, Any]], path: epath.Path) -> None:
         "references": pyarrow.list_(texts),
         "correct": pyarrow.float64(),
         "is_finished": pyarrow.bool_(),
+        "turns": pyarrow.int64(),
     }
     rows = iter(rows)
     first = list(itertools.islice(rows, ROWS_PER_GROUP))

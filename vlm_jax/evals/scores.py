@@ -43,15 +43,19 @@ class Scores:
         else:
             bootstrap.add(response.group, metric.statistics([response])[0])
 
-    def result(self) -> dict[str, dict[str, Fields]]:
-        """{task: {value: {"mean", "low", "high", "n"}}}, as of `Bootstrap.result`; also totals of tasks of one kind."""
+    def bootstraps(self) -> dict[str, Bootstrap]:
+        """{task: the sums of its answers}."""
         for task, responses in self._kept.items():
             metric, _ = self._tasks[task]
             bootstrap = Bootstrap(metric)
             for response, statistics in zip(responses, metric.statistics(responses), strict=True):
                 bootstrap.add(response.group, statistics)
             self._tasks[task] = metric, bootstrap
-        found = {task: bootstrap.result() for task, (_, bootstrap) in self._tasks.items()}
+        return {task: bootstrap for task, (_, bootstrap) in self._tasks.items()}
+
+    def result(self) -> dict[str, dict[str, Fields]]:
+        """{task: {value: {"mean", "low", "high", "n"}}}, as of `Bootstrap.result`; also totals of tasks of one kind."""
+        found = {task: bootstrap.result() for task, bootstrap in self.bootstraps().items()}
         for kind, totals in self._totals().items():
             found[kind] = found.get(kind, {}) | totals
         return found

@@ -46,6 +46,7 @@ class Answer:
       references: what the answer was compared with, all right answers as the tokenizer writes them if that is nearer.
       group: of the answers about the same pictures.
       is_finished: whether the answer has an end.
+      turns: questions of the conversation up to this answer; those before have the answers of the record.
     """
 
     sample_id: str
@@ -59,6 +60,7 @@ class Answer:
     references: tuple[str, ...] = ()
     group: str = ""
     is_finished: bool = True
+    turns: int = 1
 
 
 def judged(metric: Metric, tokenizer: Tokenizer, response: Response) -> tuple[bool | float, Response]:
@@ -103,6 +105,11 @@ def group_of(sample: Sample) -> str:
     for video in sample.videos:
         digest.update(video.encode() if isinstance(video, str) else video)
     return digest.hexdigest()
+
+
+def num_turns(sample: Sample) -> int:
+    """Questions of a sample's conversation, of which the last is answered."""
+    return sum(message["role"] == "user" for message in sample.messages)
 
 
 def generation_mesh(params: Params) -> Mesh | None:
@@ -161,7 +168,7 @@ def _answered(
         correct, judged_as = judged_answer(chosen, system.processor.tokenizer, sample, completion)
         asked = sample.sample_id, sample.task, sample.question, sample.answer
         compared = judged_as.references, judged_as.group, judged_as.is_finished
-        yield Answer(*asked, text, correct, counts, tokens_by_span(example), *compared)
+        yield Answer(*asked, text, correct, counts, tokens_by_span(example), *compared, num_turns(sample))
 
 
 def check_references(

@@ -63,7 +63,8 @@ def clip_guide(
     if name is None:
         raise ConfigError(
             f"{path}.text_model: {kind} reads the text tower of the CLIP whose image tower this release has, which its "
-            "config does not name; set it to its folder or name, such as openai/clip-vit-large-patch14-336"
+            "config does not name; set it to its folder or name, such as openai/clip-vit-large-patch14-336 "
+            "(--text_model of vlm_jax.cli.evaluate)"
         )
     place = folder / str(name) if (folder / str(name)).is_dir() else fetch(str(name))
     config = read_config(place)

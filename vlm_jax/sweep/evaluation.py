@@ -5,6 +5,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import rich.console
 from etils import epath
@@ -15,13 +16,14 @@ from vlm_jax.evals.predictions import write_parquet
 from vlm_jax.paths import absolute
 from vlm_jax.sweep.executor import Executor, LocalExecutor, Task
 from vlm_jax.sweep.failures import Failures
-from vlm_jax.sweep.frontier import draw_frontier
+from vlm_jax.sweep.frontier import combine_seeds, draw_frontier
 from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
 from vlm_jax.sweep.point_run import ANSWERS_FILE
 from vlm_jax.sweep.progress import PointsProgress
 from vlm_jax.sweep.release_points import RefusedPoint
 from vlm_jax.sweep.release_run import Line, ReleaseEvaluation, ReleaseRunner
 from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.sweep.retained import RETAINED_FILE, retained
 from vlm_jax.sweep.rows import RESULTS_FILE, run_points
 from vlm_jax.sweep.run import EXAMPLES_PER_TASK, FRONTIER_FILE, REPORT_FILE, drawable, results_table
 from vlm_jax.train.claim import Claim
@@ -123,10 +125,14 @@ class Evaluation:
             return each_line(self._runner.folder(label) / ANSWERS_FILE)
 
         shown = [drawable(line) for line in with_hard_questions(results, DOWNSAMPLED, answers)]
+        kept = retained(combine_seeds(shown), answers, self._settings.chosen_metrics, CONTROLS)
+        if kept is not None:
+            kept.write(self.workdir / RETAINED_FILE)
         draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
         title = f"Visual token budgets: {self._settings.release}"
         examples = self._examples([result["label"] for result in results])
-        write_report(shown, self.workdir / REPORT_FILE, controls=CONTROLS, examples=examples, title=title)
+        given: Any = {"controls": CONTROLS, "examples": examples, "title": title, "retained": kept}
+        write_report(shown, self.workdir / REPORT_FILE, **given)
         self._console.print(results_table(shown), soft_wrap=True, highlight=False, markup=False)
         for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
             self._console.print(f"{self.workdir / name}", soft_wrap=True)

@@ -35,12 +35,15 @@ class PointRunner:
       base: `config.base`.
       shared: the stages that every point starts from.
       workdir: folder of the sweep.
+
+    Attributes:
+      metrics: names of metrics by task, as of `evals.metrics.metric_of`.
     """
 
     def __init__(self, base: Any, shared: tuple[str, ...], workdir: epath.PathLike):
         self._base, self._shared, self._workdir = base, shared, epath.Path(workdir)
         evaluation = parse(EvaluationSettings, base.evaluation, "config.base.evaluation")
-        self._metrics = chosen_metrics(evaluation.metrics, "config.base.evaluation.metrics")
+        self.metrics = chosen_metrics(evaluation.metrics, "config.base.evaluation.metrics")
         self._settings = parse(MeshSettings, base.mesh, "config.base.mesh")
         self._outcomes: dict[str, Outcome] = {}
         self.keeps_one = False  # outcome at a time, where points with the same parameters follow each other
@@ -137,12 +140,12 @@ class PointRunner:
             outcome = self.train(point, report, keep=keep, halving=halving)
             evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
             samples = point.experiment.open_source().evaluation(point.config.seed)
-            tally, scores = Tally(), Scores(self._metrics)
+            tally, scores = Tally(), Scores(self.metrics)
             with whole_file(self.folder(point.label) / ANSWERS_FILE) as file:
                 for answer in answers(point.experiment, outcome.params, samples, evaluation):
                     tally.add(vars(answer))
                     scores.add(vars(answer))
-                    kept = {name: getattr(answer, name) for name in ("sample_id", "correct", *SCORED)}
+                    kept = {name: getattr(answer, name) for name in ("sample_id", "correct", "turns", *SCORED)}
                     file.write(json.dumps(kept) + "\n")
                 confirm()
             times = generation_seconds(point.experiment, outcome.params, samples, evaluation) if timed else {}

@@ -1,7 +1,8 @@
 """The points of a release's evaluation: training-free candidates at token budgets."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError, convert, did_you_mean
@@ -52,8 +53,14 @@ def label(reducer: str, token_budget: int | None) -> str:
     return f"{reducer}@{AS_RELEASED if token_budget is None else token_budget}"
 
 
+def is_guided(reducer: str) -> bool:
+    """Whether a reducer chooses by the question, as CLIP embeds it."""
+    kind = REDUCERS.get(reducer)
+    return kind is not None and kind.guided_by is not None
+
+
 def list_release_points(
-    system: System, reducers: Sequence[str], budgets: Sequence[int]
+    system: System, reducers: Sequence[str], budgets: Sequence[int], guidance: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[ReleasePoint], list[RefusedPoint]]:
     """Every reducer at every budget, and the unchanged release where `none` is among the reducers.
 
@@ -61,6 +68,7 @@ def list_release_points(
       system: of the release; no tensor is read.
       reducers: names of `REDUCERS`. Names of `CONNECTORS` are returned as infeasible, since nothing is trained.
       budgets: visual tokens of an image.
+      guidance: {field: value} of the reducers that are guided by the question, as of `GuidedReducer`.
 
     Returns:
       Points in the order given, and the infeasible ones.
@@ -86,15 +94,15 @@ def list_release_points(
             points.append(ReleasePoint(name, None, with_budget(system, None, path="release")))
         for budget in dict.fromkeys(budgets):
             try:
-                points.append(_point(system, name, budget))
+                points.append(_point(system, name, budget, guidance if is_guided(name) else {}))
             except (InfeasibleBudget, ConfigError) as error:
                 refused.append(RefusedPoint(label(name, budget), str(error)))
     return points, refused
 
 
-def _point(system: System, name: str, budget: int) -> ReleasePoint:
+def _point(system: System, name: str, budget: int, fields: Mapping[str, str]) -> ReleasePoint:
     if name != UNREDUCED:
-        return ReleasePoint(name, budget, with_budget(system, budget, reducer=name, path="release"))
+        return ReleasePoint(name, budget, with_budget(system, budget, reducer={"kind": name, **fields}, path="release"))
     bounded = with_budget(system, budget, path="release")
     if bounded.processor.views == system.processor.views:
         raise InfeasibleBudget(f"an image takes no more than {budget} tokens as released, so nothing would change")

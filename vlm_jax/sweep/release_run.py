@@ -18,16 +18,18 @@ from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.predictions import check_parquet
 from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import check_references, judged_answer
+from vlm_jax.evals.vqa import check_references, judged_answer, num_turns
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.ranges import Count, Seed, Size
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.reducers.reducer import WhichQuestion
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.executor import Report, exclusive
 from vlm_jax.sweep.point_run import ANSWERS_FILE
 from vlm_jax.sweep.questions import Questions
-from vlm_jax.sweep.release_points import ReleasePoint, list_release_points
+from vlm_jax.sweep.release_points import ReleasePoint, is_guided, list_release_points
 from vlm_jax.sweep.rows import RESULTS_FILE
 from vlm_jax.system import System
 from vlm_jax.train.workdir import write_whole
@@ -57,6 +59,9 @@ class ReleaseEvaluation:
       parquet: whether the answers of a point are also written as `answers.parquet`.
       compare: the workdir of another evaluation, whose points of the same labels are compared with these, or the folder
         of one point, with which all are compared; None for neither.
+      text_model: of the reducers that choose by the question: folder of the CLIP whose image tower the release has, or
+        its name on the hub; the tower that the release's config names when None.
+      question: likewise, which question of a conversation chooses; their own default when None.
     """
 
     release: str
@@ -72,12 +77,20 @@ class ReleaseEvaluation:
     metrics: tuple[str, ...] = ()
     parquet: bool = False
     compare: str | None = None
+    text_model: str | None = None
+    question: WhichQuestion | None = None
 
     def __post_init__(self):
         check_fields(self, "--")
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
         chosen_metrics(self.metrics, "--metrics")
+        if self.guidance and not any(map(is_guided, self.reducers)):
+            flags, guided = ", ".join(f"--{name}" for name in self.guidance), ", ".join(filter(is_guided, REDUCERS))
+            raise ConfigError(
+                f"{flags}: none of --reducers={','.join(self.reducers)} chooses by the question; add one that does "
+                f"({guided}) to --reducers, or leave {flags} out"
+            )
         if self.parquet:
             check_parquet("--parquet")
         if self.compare is not None and not _has_answers(epath.Path(absolute(self.compare))):
@@ -91,10 +104,17 @@ class ReleaseEvaluation:
         return chosen_metrics(self.metrics, "--metrics")
 
     @property
+    def guidance(self) -> dict[str, str]:
+        """The fields of reducers that choose by the question, where they are set."""
+        given = {"text_model": self.text_model, "question": self.question}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def of_answers(self) -> Fields:
-        """The settings that answers and their scores depend on; `metrics` only where some are chosen."""
+        """The settings that answers and their scores depend on; `metrics` and `guidance` only where they are set."""
         settings = dataclasses.asdict(self)
-        for name in ("parquet", "compare", *(() if self.metrics else ("metrics",))):
+        unset = [name for name in ("metrics", "text_model", "question") if not settings[name]]
+        for name in ("parquet", "compare", *unset):
             del settings[name]
         return settings
 
@@ -105,6 +125,8 @@ class ReleaseEvaluation:
             "budgets": () if point.token_budget is None else (point.token_budget,),
             "workdir": f"{workdir}/{point.label}",
         }
+        if not is_guided(point.reducer):
+            given = {name: value for name, value in given.items() if name not in self.guidance}
         words = ["python", "-m", COMMAND]
         for name, value in given.items():
             if value is not None:
@@ -131,7 +153,8 @@ class ReleaseRunner:
     def __init__(self, settings: ReleaseEvaluation, workdir: epath.PathLike):
         self._settings, self._workdir = settings, epath.Path(workdir)
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
-        self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
+        asked = settings.reducers, settings.budgets, settings.guidance
+        self.points, self.refused = list_release_points(self._system, *asked)
         self._shapes = nn.meta.unbox(self._system.boxed_shapes())
         self._borrowed: dict[tuple[str, ...], Params] = {}
         processor = self._system.processor
@@ -239,6 +262,7 @@ class ReleaseRunner:
                     "task": sample.task,
                     **dataclasses.asdict(response),
                     "correct": score,
+                    "turns": num_turns(sample),
                     "visual_tokens": counts,
                     "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }
@@ -256,6 +280,7 @@ class ReleaseRunner:
         if point.system.release is not None and point.system.release.borrowed:
             shapes = nn.meta.unbox(point.system.boxed_shapes())
         timed = seconds[1:]
+        model: Any = point.system.model
         return {
             "label": point.label,
             "connector": point.reducer,
@@ -269,6 +294,7 @@ class ReleaseRunner:
             "num_params": num_params(shapes),
             "flops": flops(point.system.model, shapes, batch),
             "seed": self._settings.seed,
+            **({"question": model.reducer.question} if is_guided(point.reducer) else {}),
             "command": self._settings.command("workdir", point),
         }
 

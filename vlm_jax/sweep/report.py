@@ -33,6 +33,7 @@ from vlm_jax.sweep.frontier import (
     tasks_of,
     total_costs,
 )
+from vlm_jax.sweep.retained import Cell, Retained
 
 Rectangle = tuple[float, float, float, float]
 
@@ -63,6 +64,7 @@ def write_report(
     controls: frozenset[str],
     examples: Sequence[Example],
     title: str,
+    retained: Retained | None = None,
 ) -> None:
     """Writes the report as one self-contained HTML file, over an earlier one.
 
@@ -72,21 +74,28 @@ def write_report(
       controls: connectors that only serve as comparison.
       examples: sample images, in the order shown; may be empty.
       title: title of the HTML page.
+      retained: what the points retain, and their ranks; None for none.
 
     Raises:
       ValueError: nothing to report; see `combine_seeds`. No file is written.
     """
-    replace_whole(path, report_html(results, controls=controls, examples=examples, title=title).encode())
+    page = report_html(results, controls=controls, examples=examples, title=title, retained=retained)
+    replace_whole(path, page.encode())
 
 
 def report_html(
-    results: Sequence[dict[str, Any]], *, controls: frozenset[str], examples: Sequence[Example], title: str
+    results: Sequence[dict[str, Any]],
+    *,
+    controls: frozenset[str],
+    examples: Sequence[Example],
+    title: str,
+    retained: Retained | None = None,
 ) -> str:
     """The HTML of `write_report`; all text of the results and examples is escaped."""
     points, tasks = combine_seeds(results), tasks_of(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend has the sweep's order
-    environment.filters |= {"percent": percent, "quantity": quantity, "verdict": verdict}
+    environment.filters |= {"percent": percent, "quantity": quantity, "verdict": verdict, "standing": standing}
     room = resources.files("vlm_jax.sweep")
     template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -96,6 +105,8 @@ def report_html(
         controls=[name for name in dict.fromkeys(point.connector for point in points) if name in controls],
         findings=[finding for task in tasks for finding in find(points, task, controls)],
         hard=[point for point in points if point.hard],
+        retained=retained,
+        columns=[] if retained is None else _columns(retained),
         rows=table_rows(points, tasks),
         chart=chart_data(points, tasks, controls),
         cards=[card(example) for example in examples],
@@ -116,6 +127,21 @@ def verdict(correct: bool | float) -> str:
     if 0 < correct < 1:
         return f"{percent(correct)}% right"
     return "✓ right" if correct else "✗ wrong"
+
+
+def standing(cell: Cell) -> str:
+    """The rank of a cell with its interval, and how often it is the best; empty without one."""
+    rank = cell.rank
+    if rank is None:
+        return ""
+    low, high = quantity(rank.low), quantity(rank.high)
+    return f"rank {quantity(rank.rank)} [{low}, {high}], best {100 * rank.best:.0f}%"
+
+
+def _columns(retained: Retained) -> list[tuple[str, str, str]]:
+    """(heading, field of a `Kept`, name in it) of what is retained; the field has no names where it is one cell."""
+    groups = [(name, "groups", name) for name in retained.groups]
+    return [("all", "overall", ""), *groups, *((name, "benchmarks", name) for name in retained.benchmarks)]
 
 
 def quantity(value: Number) -> str:

@@ -22,6 +22,7 @@ from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settin
 from vlm_jax.sweep.progress import PointsProgress, text_table
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.sweep.retained import RETAINED_FILE, retained
 from vlm_jax.sweep.rows import RESULTS_FILE, run_points
 from vlm_jax.sweep.search import DRAW
 from vlm_jax.train.claim import Claim
@@ -198,7 +199,11 @@ class Sweep:
             controls = frozenset(name for name in own if name.partition(DRAW)[0] in self._settings.controls)
             draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=controls)
             title = f"Visual token budgets: {self._config_path}"
-            write_report(shown, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
+            kept = retained(combine_seeds(shown), self._answers, self._runner.metrics, controls)
+            if kept is not None:
+                kept.write(self.workdir / RETAINED_FILE)
+            given: Any = {"controls": controls, "examples": self._examples(), "title": title, "retained": kept}
+            write_report(shown, self.workdir / REPORT_FILE, **given)
         self._print(results_table([drawable(result) for result in results]))
         for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
             self._print(f"{self.workdir / name}")
