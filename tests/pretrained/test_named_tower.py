@@ -116,4 +116,4 @@ def test_the_processor_knows_the_tower(tmp_path):
 
     ours = vlm_jax.from_pretrained(released("llava15", tmp_path, tower="../clip"))
     own = json.loads((DATA / "llava15" / "vision_tower_config.json").read_text())
-    assert llava.views(ours.config).size == (own["image_size"], own["image_size"])
+    assert llava.views(ours.folder, ours.config).size == (own["image_size"], own["image_size"])

@@ -20,7 +20,7 @@ def outputs(golden: Golden) -> dict[str, np.ndarray]:
     config, tower = (
         json.loads((golden.folder / name).read_text()) for name in ("config.json", "vision_tower_config.json")
     )
-    views, found = llava.views({**config, "vision_tower_config": tower}), {}
+    views, found = llava.views(golden.folder, {**config, "vision_tower_config": tower}), {}
     for name, array in golden.inputs.items():
         picture = Image.fromarray(array) if name.endswith("_u8") and array.ndim == 3 else None
         if picture is None:
