@@ -23,7 +23,8 @@ BUDGETED = f"""
 ## With at most {BUDGET} tokens
 
 `--token_budget={BUDGET}` alone takes fewer tiles or pixels of an image, where a system can. Where it shows "-", the
-smallest image takes more: such a system meets the budget by a reducer or by another connector.
+smallest image takes more: such a system meets the budget by a reducer or by another connector. DeepSeek-OCR's modes are
+named without their newlines and separator, which come in addition.
 
 """
 

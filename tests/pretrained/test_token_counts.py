@@ -58,6 +58,10 @@ def test_a_budget_is_met_by_the_image_or_not_at_all():
     assert count_tokens("Qwen/Qwen2.5-VL-7B-Instruct", sizes, 576) == (64, 32 * 18)
     assert count_tokens("OpenGVLab/InternVL3-8B", sizes, 576) == (256, 256)
     assert count_tokens("llava-hf/llava-v1.6-mistral-7b-hf", sizes, 576) == (None, None)
+    # Modes are named by their tokens, as in Wei et al. 2025, table 1; newlines and the separator come in addition.
+    assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 64) == (64 + 8 + 1,) * 2
+    assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 100) == (100 + 10 + 1,) * 2
+    assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 63) == (None, None)
     assert "| - |" in markdown(count_all(["llava-hf/llava-v1.6-mistral-7b-hf"], sizes, 576), sizes)
 
 

@@ -20,6 +20,7 @@ from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.budgets import budgeted_views
 from vlm_jax.pretrained.known import known_configs
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.pretrained.loader import DTYPES, open_system
@@ -34,7 +35,7 @@ LENGTH = 2048  # positions of a row, where none is given
 VISUAL_SHARE = 4  # at most one of so many positions is a visual token, where no budget is given
 PROVISIONAL = 1 << 16
 # (height, width) of pictures in pixels, of several shapes: one of the most tokens, and of the fewest, is among them.
-LARGE = tuple((side, 4096) for side in (1024, 1365, 2048, 2731, 3072, 4096))
+LARGE = tuple((round(4096 * part), 4096) for part in sorted({i / j for j in range(1, 13) for i in range(1, j + 1)}))
 SMALL = ((32, 32), (32, 64), (64, 32))
 STEPS, WARMUP = 1000, 30  # of a stage; no shape depends on them
 
@@ -164,10 +165,10 @@ def _images(experiment: AnyExperiment, config: RunConfig, pictures: int) -> int:
 def _bounded(views: Views, room: int) -> Views:
     """The views with at most `room` tokens of an image, or as few as an image takes."""
     try:
-        return views.within(room)
+        return budgeted_views(views, room)
     except InfeasibleBudget:
         least = min(len(layout) for layout in views.layouts(SMALL))
-        return views.within(least)
+        return budgeted_views(views, least)
 
 
 def details(config: RunConfig, experiment: AnyExperiment) -> Fields:

@@ -86,13 +86,21 @@ def with_budget(
     if tokens is None:
         return system
     try:
-        full = processor.views
-        views = full.of_mode(tokens) if isinstance(full, MosaicViews) else full.within(tokens)
+        views = budgeted_views(processor.views, tokens)
     except InfeasibleBudget as error:
         fixed = isinstance(processor.views, SquareViews)
         more = "; set a reducer or another connector, which meet a budget exactly" if fixed else ""
         raise InfeasibleBudget(f"{path}.token_budget: {error}{more}") from error
     return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))
+
+
+def budgeted_views(views: Views, tokens: int) -> Views:
+    """Views whose images take at most `tokens`, by a mode of the release, fewer tiles or fewer pixels.
+
+    Raises:
+      InfeasibleBudget: the smallest image takes more.
+    """
+    return views.of_mode(tokens) if isinstance(views, MosaicViews) else views.within(tokens)
 
 
 def _section(section: Section) -> Fields:

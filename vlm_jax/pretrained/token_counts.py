@@ -12,6 +12,7 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.models.vlm import VLM
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.budgets import budgeted_views
 from vlm_jax.pretrained.family import PretrainedError, marker
 from vlm_jax.pretrained.known import describe_known, known_config, known_configs
 from vlm_jax.pretrained.known_system import known_system
@@ -46,7 +47,7 @@ def count_tokens(release: str, sizes: Sequence[Size], token_budget: int | None =
     Args:
       release: one of `known.known_configs`, or a folder.
       sizes: (height, width) in pixels.
-      token_budget: maximum of an image, met by fewer tiles or pixels; None for the release's own.
+      token_budget: maximum of an image, met as in `budgets.budgeted_views`; None for the release's own.
 
     Returns:
       A number for each size; None where even the smallest image exceeds the budget, which then takes a reducer or
@@ -58,7 +59,7 @@ def count_tokens(release: str, sizes: Sequence[Size], token_budget: int | None =
     views = _views(release)
     if token_budget is not None:
         try:
-            views = views.within(token_budget)
+            views = budgeted_views(views, token_budget)
         except InfeasibleBudget:
             return (None,) * len(sizes)
     return tuple(len(views.layouts([size])[0]) for size in sizes)
@@ -113,10 +114,12 @@ def count_all(
 
 
 def markdown(rows: Sequence[Counted], sizes: Sequence[Size] = SIZES) -> str:
-    """A table with a column for each size, written width x height."""
+    """A table with a column for each size, written width x height; of many releases of a row it names the first."""
     heads = ("release", *(f"{width}x{height}" for height, width in sizes))
     lines = [heads, ("---", *["---:"] * len(sizes))]
     for releases, tokens in rows:
-        more = f" and {len(releases) - 1} more" * (len(releases) > 1)
-        lines.append((f"`{releases[0]}`{more}", *("-" if count is None else f"{count:,}" for count in tokens)))
+        names = ", ".join(f"`{name}`" for name in releases)
+        if len(releases) > 2:
+            names = f"`{releases[0]}` and {len(releases) - 1} more"
+        lines.append((names, *("-" if count is None else f"{count:,}" for count in tokens)))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
