@@ -1,5 +1,7 @@
 """The mesh takes every device, or says what does not fit."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.topology import open_topology
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+
+from ..advice import tried
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,28 @@ def test_an_axis_may_be_a_part_of_a_torus_dimension():
     assert found.shape == (32, 1, 2, 1, 1) and set(found.flat) == set(chips)
     apart = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in found.reshape(32, 2)]
     assert apart == [1] * 32
+
+
+class Chip(SimpleNamespace):
+    """What a mesh reads of a device: two slices of four GPUs."""
+
+    __hash__ = object.__hash__
+
+
+def test_between_slices_are_copies_of_the_model():
+    chips = [
+        Chip(id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="H200", client=None)
+        for i in range(8)
+    ]
+    sizes = {"data": 4, "tensor": 2}
+    with pytest.raises(
+        ConfigError, match=tried("between {2} slices {}, got {1}; set it to {2}, or to a multiple of it")
+    ):
+        make_mesh(MeshSettings(data=1, fsdp=8), chips)
+    placed = make_mesh(MeshSettings(**sizes), chips).devices
+    assert placed.shape == (4, 1, 2, 1, 1)
+    slices = [[chip.slice_index for chip in row] for row in placed.reshape(4, 2)]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
 def test_a_part_of_the_devices():

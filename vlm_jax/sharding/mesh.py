@@ -46,7 +46,8 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
       devices: devices of the mesh; all of the process group when None.
 
     Raises:
-      ConfigError: more than one -1, a product that is not the number of devices, or devices of several slices.
+      ConfigError: more than one -1, a product that is not the number of devices, or copies of the model that do not
+        divide over several slices (of TPUs, or of GPUs that NVLink joins).
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(settings)
@@ -58,8 +59,18 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"config.mesh: the product of {sizes} is not the number of devices, {len(devices)}")
-    if len(slices := {getattr(device, "slice_index", 0) for device in devices}) > 1:
-        raise ConfigError(f"config.mesh: expected the devices of one slice, got those of {len(slices)}")
     # An axis may be a part of a torus dimension, such as 2 of 4 chips in a row; jax.make_mesh refuses it on most TPUs.
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    given = {"devices": devices, "allow_split_physical_axes": True}
+    count = len({getattr(device, "slice_index", 0) for device in devices})
+    if count == 1:
+        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), **given)
+    elif sizes["data"] % count:
+        raise ConfigError(
+            f"config.mesh.data: between {count} slices only copies of the model fit, got {sizes['data']}; set it to "
+            f"{count}, or to a multiple of it"
+        )
+    else:
+        inner = {**sizes, "data": sizes["data"] // count}
+        over = tuple(count if axis == "data" else 1 for axis in sizes)
+        placed = mesh_utils.create_hybrid_device_mesh(tuple(inner.values()), over, **given)
     return Mesh(placed, tuple(sizes), (AxisType.Auto,) * len(sizes))
