@@ -66,6 +66,22 @@ def test_gradients(case, implementation, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
+def test_rows_of_other_groups_are_no_part_of_a_gradient(monkeypatch):
+    """They share a block of rows; one group overflows, and rows without a group hold anything."""
+    monkeypatch.setattr(grouped, "_BLOCK", 8)
+    rows, sizes, kernels = made("left over")
+    rows[0], rows[sizes.sum() :] = np.inf, np.nan
+
+    def loss(kernel):
+        return by_group(
+            lambda x, dot: dot(x, kernel), jnp.asarray(rows), jnp.asarray(sizes), implementation="ragged"
+        ).sum()
+
+    got = jax.jit(jax.grad(loss))(kernels[0])
+    np.testing.assert_allclose(got[2], np.repeat(rows[3:5].sum(axis=0)[:, None], OUT, axis=1), rtol=1e-6)
+    assert not np.isfinite(got[0]).any() and not got[1].any() and not got[3].any()
+
+
 @pytest.mark.parametrize(("platform", "chosen"), [("cpu", "blocks"), ("gpu", "blocks"), ("tpu", "ragged")])
 def test_the_platform_chooses(platform, chosen, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)

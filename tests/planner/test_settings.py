@@ -42,6 +42,21 @@ def test_a_budget_bounds_the_places():
     assert experiment.row.images == 4 * 256
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "tiles"),
+    [
+        ("OpenGVLab/InternVL3-8B", 4096, 4),  # 1,024 tokens: three tiles of 256 in a row, and the whole
+        ("OpenGVLab/InternVL3-8B", 8192, 8),  # 7 tiles are a row of 7, or 8 with the whole
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 2048, 2),  # of 512 tokens there is none: the least is 1,485
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 16384, 5),  # 729 of the whole, and 4 of 729 with newlines
+        ("deepseek-ai/DeepSeek-OCR", 4096, 8),
+    ],
+)
+def test_a_release_with_tiles_has_those_of_a_large_picture(name, length, tiles):
+    _, experiment = planned(of_release(name, row__length=length), 4)
+    assert experiment.row.images == tiles
+
+
 @pytest.mark.parametrize("budget", [144, 64])
 def test_another_connector_meets_a_budget_on_squares(budget):
     given = {"token_budget": budget, "connector__kind": "pool"}

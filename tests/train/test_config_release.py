@@ -117,7 +117,7 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
 def test_a_workdir_starts_another_run_and_an_evaluation(run, one_device):
     """Its connector too, for which the release has no parameters; one that replaces it again is random."""
     _, workdir, outcome = run
-    with pytest.raises(PretrainedError, match=tried("{config}: {} is a run, which has its own; pass a release")):
+    with pytest.raises(PretrainedError, match=tried("config: {} is a run, which has its own; pass a release")):
         vlm_jax.from_pretrained(workdir, config={})
     again = build(config_of(workdir))
     assert again.system.release.drawn == ("connector",) and not again.system.release.initialised

@@ -113,8 +113,9 @@ def _ragged_backward(
         group, start, low, high = one
         row = start + jnp.arange(height)
         own = (row >= low) & (row < high)
-        rows = jax.lax.dynamic_slice_in_dim(x, start, height)
-        back = jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(gradient, start, height), 0)
+        rows, back = (
+            jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(whole, start, height), 0) for whole in (x, gradient)
+        )
         product = jnp.dot(rows.T, back, preferred_element_type=jnp.float32)
         return total.at[group].add(product), None
 

@@ -121,7 +121,10 @@ def _routed(
 # Both gather, and so do their gradients: TPUs scatter row by row.
 @jax.custom_vjp
 def _by_expert(tokens: Float[Array, "M D"], order: Int[Array, "Mk"], inverse: Int[Array, "Mk"]) -> Float[Array, "Mk D"]:
-    """The token of each row, where token t has the k places of `order` from t k on; `inverse` is that permutation's."""
+    """Row r is the token of choice `order[r]`; choices t k to t k + k - 1 are those of token t.
+
+    `inverse` is the inverse permutation of `order`.
+    """
     return tokens[order // (order.shape[0] // tokens.shape[0])]
 
 

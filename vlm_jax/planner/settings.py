@@ -34,9 +34,8 @@ from vlm_jax.types import Fields
 LENGTH = 2048  # positions of a row, where none is given
 VISUAL_SHARE = 4  # at most one of so many positions is a visual token, where no budget is given
 PROVISIONAL = 1 << 16
-# (height, width) of pictures in pixels, of several shapes: one of the most tokens, and of the fewest, is among them.
+# (height, width) of pictures in pixels, of several shapes: one that takes the most tokens is among them.
 LARGE = tuple((round(4096 * part), 4096) for part in sorted({i / j for j in range(1, 13) for i in range(1, j + 1)}))
-SMALL = ((32, 32), (32, 64), (64, 32))
 STEPS, WARMUP = 1000, 30  # of a stage; no shape depends on them
 
 
@@ -158,17 +157,18 @@ def _images(experiment: AnyExperiment, config: RunConfig, pictures: int) -> int:
     views = experiment.system.processor.views
     if config.token_budget is None:
         views = _bounded(views, config.row.length // VISUAL_SHARE // pictures)
-    tokens = [len(layout) for layout in views.layouts(LARGE)]
-    return pictures * min(load for load, count in zip(views.loads(LARGE), tokens, strict=True) if count == max(tokens))
+    found = [(len(views.layouts([size])[0]), views.loads([size])[0]) for size in LARGE]  # one image a conversation
+    most = max(tokens for tokens, _ in found)
+    return pictures * min(load for tokens, load in found if tokens == most)
 
 
 def _bounded(views: Views, room: int) -> Views:
-    """The views with at most `room` tokens of an image, or as few as an image takes."""
-    try:
-        return budgeted_views(views, room)
-    except InfeasibleBudget:
-        least = min(len(layout) for layout in views.layouts(SMALL))
-        return budgeted_views(views, least)
+    """The views with at most `room` tokens of an image, or with little more than the fewest that one takes."""
+    while True:
+        try:
+            return budgeted_views(views, room)
+        except InfeasibleBudget:
+            room += 1 + room // 16
 
 
 def details(config: RunConfig, experiment: AnyExperiment) -> Fields:

@@ -20,6 +20,7 @@ from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.pretrained.smaller_tile import smaller_tile
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
 from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
@@ -88,7 +89,7 @@ def with_budget(
     try:
         views = budgeted_views(processor.views, tokens)
     except InfeasibleBudget as error:
-        fixed = isinstance(processor.views, SquareViews)
+        fixed = isinstance(processor.views, SquareViews | CropViews)
         more = "; set a reducer or another connector, which meet a budget exactly" if fixed else ""
         raise InfeasibleBudget(f"{path}.token_budget: {error}{more}") from error
     return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))

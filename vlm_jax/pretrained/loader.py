@@ -85,6 +85,8 @@ def open_system(
       As `from_pretrained`.
     """
     if is_run(source):
+        if config is not None:
+            raise PretrainedError(f"config: {source} is a run, which has its own; pass a release")
         return _of_run(Path(absolute(source)), families, dtype, param_dtype)
     return _opened(source, families, (dtype, param_dtype or dtype), config)[0]
 
@@ -103,10 +105,10 @@ def load(
     """`from_pretrained` with the registration table as an argument."""
     _check_types(source, mesh, config, adapter)
     if is_run(source):
-        for name, given in (("adapter", adapter), ("config", config)):
+        for name, given in (("adapter", adapter), ("image_size", image_size)):
             if given is not None:
                 raise PretrainedError(f"{name}: {source} is a run, which has its own; pass a release")
-        system, family, resize = open_system(source, families, dtype=dtype), None, None
+        system, family, resize = open_system(source, families, dtype=dtype, config=config), None, None
     else:
         system, family, resize = _opened(source, families, (dtype, dtype), config, adapter)
     if any(part is not None for part in budget):

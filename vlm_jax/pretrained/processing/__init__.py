@@ -111,7 +111,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "qwen3_vl_text": text.processor,
     "smolvlm": idefics3.processor_smolvlm,
 }
-# The same for the views of included configs; both formats of a model type as above.
+# The same for the views of included configs, which are of the format of transformers where there are two.
 _VIEWS: Mapping[str, MakesViews] = {
     "deepseek_ocr": deepseek_ocr.views,
     "deepseek_vl": deepseek_hf.views,
