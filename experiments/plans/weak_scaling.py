@@ -54,7 +54,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         panel.set_ylim(bottom=0)
         panel.set_ylabel("ms a step, predicted")
         panel.legend(frameon=False)
-    above.set_title(f"{RELEASE}: {ROWS} rows of 4,096 a chip; percentages are model FLOPs utilisation", fontsize=10)
+    above.set_title(f"{RELEASE}, {ROWS} rows of 4,096 a chip; % is MFU", fontsize=10)
     below.set_xscale("log", base=2)
     below.xaxis.set_major_locator(FixedLocator(chips))
     below.xaxis.set_minor_locator(NullLocator())
