@@ -17,7 +17,7 @@ from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.known import describe_known, known_config, known_folder
-from vlm_jax.pretrained.processing import read_views
+from vlm_jax.pretrained.processing import GROUPED, read_views
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
 from vlm_jax.processors.pixels import Pixels
@@ -28,8 +28,6 @@ from vlm_jax.system import System
 from vlm_jax.types import Config, Dtype, Tree
 
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
-# Systems in which the tokens of an image attend to each other in both directions; see `Processor.grouped`.
-GROUPED = frozenset({"gemma3"})
 
 
 def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:

@@ -159,6 +159,8 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
 }
 # Of these, towers whose position table transformers interpolates for images of any size.
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
+# Systems in which the tokens of an image attend to each other in both directions; see `Processor.grouped`.
+GROUPED = frozenset({"gemma3"})
 # With those that `register_family` of vlm_jax.pretrained adds.
 PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
 IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
@@ -197,6 +199,8 @@ def read_processor(
         registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
         raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
     processor = PROCESSORS[name](folder, config)
+    if name in GROUPED:
+        processor = dataclasses.replace(processor, grouped=True)
     if isinstance(model, VLM):
         check_conversations(processor, model)
         if model.decoder is not None:
