@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = {one.label: one.reason for one in evaluation.refused if not one.label.startswith(f"{UNREDUCED}@")}
         rows += system_rows(name, workdir / name, settings, missing | errors)
     page = "\n".join([table(rows), *([] if small else ["", expected(rows)])])
-    (workdir / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (workdir / "table.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     (workdir / "table.md").write_text(page + "\n")
     drawn = io.BytesIO()
     figure(rows).savefig(drawn, format="png")
@@ -230,7 +230,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def _share(row: Row) -> str:
     share = row["retained"]
-    return "" if share is None else f"{share['mean']:.1f} [{share['low']:.1f}, {share['high']:.1f}]"
+    if share is None:
+        return ""
+    ends = "–" if share["low"] is None else f"{share['low']:.1f}, {share['high']:.1f}"
+    return f"{share['mean']:.1f} [{ends}]"
 
 
 def expected(rows: Sequence[Row]) -> str:
@@ -280,7 +283,8 @@ def figure(rows: Sequence[Row]) -> Figure:
             shares = [point["retained"] for point in points]
             # Side by side, so that intervals at one budget can be told apart.
             across = [point["budget"] * 2 ** (step * (place - (len(looks) - 1) / 2)) for point in points]
-            ends = [[max(0, s["mean"] - s["low"]) for s in shares], [max(0, s["high"] - s["mean"]) for s in shares]]
+            known = [s if s["low"] is not None else dict.fromkeys(("mean", "low", "high"), 0) for s in shares]
+            ends = [[max(0, s["mean"] - s["low"]) for s in known], [max(0, s["high"] - s["mean"]) for s in known]]
             line = "--" if look.dashed else "-"
             shown = {"color": look.color, "marker": look.marker, "linestyle": line, "markersize": 4, "linewidth": 1}
             panel.errorbar(across, [s["mean"] for s in shares], yerr=ends, capsize=2, elinewidth=0.8, **shown)

@@ -27,7 +27,7 @@ def test_tasks(task, chosen, group):
 
 
 def test_turns():
-    assert [is_multi_turn(row) for row in ({"turns": 1}, {"turns": 2}, {})] == [False, True, False]
+    assert [is_multi_turn(row) for row in ({"turns": 1}, {"turns": 2})] == [False, True]
     asked = dialogue([Turn("Who?", "she"), Turn("Where?", "there")])
     system = {"role": "system", "content": "Be brief."}
     assert [num_turns(Sample("a", messages)) for messages in (asked[:2], asked, (system, *asked))] == [1, 2, 2]

@@ -9,14 +9,18 @@ from vlm_jax.evals.ranks import Rank, ranks
 
 
 def test_ranks_by_hand():
-    """Four replicates and one without a score; equal scores share ranks, and share being the best."""
-    rows = [(0.5, 0.5, 0.7), (1, 2, 3), (3, 2, 1), (2, 2, 1), (0.1 + 0.2, 0.3, 0), (np.nan, 2, 1)]
+    """Four replicates, 25 times each, and one without a score; equal scores share ranks, and share being the best.
+
+    With one replicate less than a hundred there is neither an interval nor a share.
+    """
+    rows = [(0.5, 0.5, 0.7), *25 * [(1, 2, 3), (3, 2, 1), (2, 2, 1), (0.1 + 0.2, 0.3, 0)], (np.nan, 2, 1)]
     assert ranks(np.array(rows)) == [
         Rank(2.5, 1.0, 3.0, (0 + 1 + 0.5 + 0.5) / 4),
         Rank(2.5, 1.5, 2.0, (0 + 0 + 0.5 + 0.5) / 4),
         Rank(1.0, 1.0, 3.0, 1 / 4),
     ]
-    assert ranks(np.array([(1.0, 2.0), (np.nan, 1.0)])) == [Rank(2.0, 2.0, 2.0, 0.0), Rank(1.0, 1.0, 1.0, 1.0)]
+    few = np.array([rows[0], *rows[2:]])
+    assert ranks(few) == [Rank(2.5, None, None, None), Rank(2.5, None, None, None), Rank(1.0, None, None, None)]
 
 
 def test_how_often_a_method_is_the_best_is_the_chance_that_its_own_right_answers_are_drawn_more_often():

@@ -114,7 +114,7 @@ def test_the_frontier_and_the_report_show_every_point(finished):
     whole, dropped = (line["accuracy"]["vqa"]["mean"] for line in lines(finished[0] / "results.jsonl"))
     means = [point["overall"]["share"]["mean"] for point in kept["points"]]
     assert kept["full"] == "none@released" and means == pytest.approx([100, 100 * dropped / whole])
-    assert '<section id="retained">' in page
+    assert '<section id="retained">' in page and f"{finished[0] / 'retained.json'}\n" in finished[1]
 
 
 def test_a_stopped_point_goes_on_behind_its_last_whole_line(evaluation, finished, tmp_path, monkeypatch):

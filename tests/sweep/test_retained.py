@@ -9,9 +9,9 @@ from etils import epath
 from vlm_jax.evals.bootstrap import repetitions
 from vlm_jax.evals.ranks import ranks
 from vlm_jax.sweep.frontier import combine_seeds
-from vlm_jax.sweep.retained import RETAINED_FILE, over_seeds, retained
+from vlm_jax.sweep.retained import RETAINED_FILE, Share, over_seeds, retained, told, write_retained
 
-from .test_report import CONTROLS, Page, one, result
+from .test_report import CONTROLS, one, result
 from .test_report import report as report_of
 
 # Of each question: its task, its turns, and whether each point is right.
@@ -92,22 +92,97 @@ def test_ranks_are_among_points_of_one_budget(found):
 
 
 def test_seeds_are_resampled():
-    """Of two seeds both are drawn in a half of the replicates, and one of them twice in a quarter each."""
-    ours, theirs = ([{"read": np.full(1001, share)} for share in shares] for shares in ((0.8, 0.4), (0.5, 0.6)))
-    scores = np.stack([over_seeds(one)["read"] for one in (ours, theirs)], axis=1)
+    """Of two seeds one is drawn in each replicate; the variance of means of any number is that of their mean, s^2/n."""
+
+    def drawn(*shares):
+        return over_seeds([{"read": np.full(1001, share)} for share in shares])["read"]
+
+    scores = np.stack([drawn(0.8, 0.4), drawn(0.5, 0.6)], axis=1)
     assert scores[0] == pytest.approx((0.6, 0.55))
-    assert np.unique(scores[1:, 0].round(9)).tolist() == [0.4, 0.6, 0.8]
-    assert ranks(scores)[0].best == pytest.approx(0.75, abs=0.03)
+    assert np.unique(scores[1:, 0].round(9)).tolist() == [0.4, 0.8]
+    assert ranks(scores)[0].best == pytest.approx(0.5, abs=0.03)
+    for shares in ((0.8, 0.4), (0.8, 0.4, 0.3), (0.8, 0.4, 0.3, 0.1, 0.9)):
+        assert drawn(*shares)[1:].var() == pytest.approx(np.var(shares, ddof=1) / len(shares), rel=0.1)
+    assert drawn(0.7) == pytest.approx(0.7)
+
+
+def test_an_interval_needs_a_hundred_replicates_with_a_number():
+    values = np.concatenate([[50.0], np.arange(100.0), np.full(900, np.nan)])
+    share = told(values)
+    assert (share.mean, share.low, share.high) == (50, pytest.approx(2.475), pytest.approx(96.525))
+    values[1] = np.nan
+    assert told(values) == Share(50.0, None, None)
+
+
+def runs_of(*points):
+    """Results of (connector, budget, seeds)."""
+    named = [
+        (connector, budget, seed, f"{connector}@{budget}" + (f"#{seed}" if seed else ""))
+        for connector, budget, seeds in points
+        for seed in seeds
+    ]
+    return [
+        result(name, budget, {"read": (1.0, 0.0, 1.0)}, seed=seed, label=label) for name, budget, seed, label in named
+    ]
+
+
+def test_ranks_are_of_the_seeds_that_all_points_have_and_the_page_says_so(tmp_path):
+    """Both seeds of `mlp` and `pool`, the second of `random`; what has none of `mlp`'s, or none in common, is named."""
+    runs = runs_of(
+        ("mlp", 64, (0, 1)), ("pool", 4, (0, 1)), ("random", 4, (1,)), ("pool", 2, (0,)), ("random", 2, (1,))
+    )
+    runs += runs_of(("pool", 1, (2,)))
+    kept = retained(combine_seeds(runs), answers, {}, CONTROLS)
+    seeds = {point.label: (point.seeds, point.rank_seeds) for point in kept.points}
+    assert seeds == {
+        "mlp@64": ((0, 1), ()),
+        "pool@4": ((0, 1), (1,)),
+        "random@4": ((1,), (1,)),
+        "pool@2": ((0,), ()),
+        "random@2": ((1,), ()),
+    }
+    assert (kept.left_out, kept.unranked) == ({"pool@1": "no seed of mlp@64"}, (2,))
+    section = one(report_of(tmp_path, runs, examples=[], retained=kept).all("section", id="retained"))
+    heads = [one(row.all("th")).text for row in one(section.all("tbody")).all("tr")]
+    assert heads == [
+        "mlp@64",
+        "pool@4 ranks of seeds 1",
+        "random@4 control of seeds 1 ranks of seeds 1",
+        "pool@2 of seeds 0",
+        "random@2 control of seeds 1",
+    ]
+    said = [line.text for line in one(section.all("ul")).all("li")]
+    assert said == ["pool@1 is left out: no seed of mlp@64.", "No ranks at 2: its points have no seed in common."]
+
+
+def test_without_turns_in_every_row_no_point_has_the_group_of_several_turns(found, tmp_path):
+    def older(label):
+        rows = answers(label)
+        if label == "random@4":
+            del rows[-1]["turns"]
+        return rows
+
+    kept = retained(combine_seeds(found[0]), older, {}, CONTROLS)
+    assert kept.groups == ["OCR"] and not kept.has_turns and found[1].has_turns
+    assert [point.overall for point in kept.points] == [point.overall for point in found[1].points]
+    notes = [
+        one(report_of(tmp_path, found[0], examples=[], retained=shown).all("section", id="retained")).text
+        for shown in (kept, found[1])
+    ]
+    assert ["no group multi-turn" in note for note in notes] == [True, False]
 
 
 def test_the_file_and_the_page_have_them(found, tmp_path):
     runs, kept = found
-    kept.write(epath.Path(tmp_path) / RETAINED_FILE)
+    write_retained(kept, epath.Path(tmp_path) / RETAINED_FILE)
     written = json.loads((tmp_path / RETAINED_FILE).read_text())
     assert written["full"] == "mlp@64" and written["points"][2]["benchmarks"]["count"]["share"]["mean"] == 50
-    (tmp_path / RETAINED_FILE).unlink()
-    page = report_of(tmp_path, runs, examples=[], retained=kept)
-    assert isinstance(page, type(Page("").root))
+    for _ in range(2):
+        write_retained(None, epath.Path(tmp_path) / RETAINED_FILE)
+        assert not (tmp_path / RETAINED_FILE).exists()
+    page = report_of(tmp_path, [*runs[:2], runs[2] | {"question": "last"}], examples=[], retained=kept)
+    names = [one(row.all("th")).text for row in one(one(page.all("section", id="points")).all("tbody")).all("tr")]
+    assert names == ["mlp@64", "pool@4", "random@4 control chosen by the last question"]
     rows = {one(row.all("th")).text: row for row in one(one(page.all("section", id="retained")).all("tbody")).all("tr")}
     cells = [cell.text for cell in rows["random@4 control"].all("td")]
     share, rank = kept.points[2].overall.share, kept.points[2].overall.rank

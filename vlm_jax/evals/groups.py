@@ -36,5 +36,5 @@ def group_of_task(task: str, chosen: Mapping[str, str]) -> str | None:
 
 
 def is_multi_turn(row: Mapping[str, Any]) -> bool:
-    """Whether a row of answers, with the fields of an `Answer`, is to a question after others of its conversation."""
-    return row.get("turns", 1) > 1
+    """Whether a row of answers is to a question after others of its conversation, by its `turns`."""
+    return row["turns"] > 1

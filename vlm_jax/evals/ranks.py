@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
 
+FEWEST = 100  # replicates that an interval needs
 DECIMALS = 9  # scores that differ by less are equal: sums of the same numbers in another order
 
 
@@ -15,14 +16,14 @@ class Rank:
 
     Attributes:
       rank: by the scores of all answers.
-      low, high: 95% interval of the rank over the replicates.
-      best: share of the replicates in which the method has the highest score; equal ones share it.
+      low, high: 95% interval of the rank over the replicates; None where fewer than `FEWEST` have a score.
+      best: share of the replicates in which the method has the highest score; equal ones share it. Likewise.
     """
 
     rank: float
-    low: float
-    high: float
-    best: float
+    low: float | None
+    high: float | None
+    best: float | None
 
 
 def ranks(scores: Float[np.ndarray, "rows methods"]) -> list[Rank]:
@@ -40,8 +41,8 @@ def ranks(scores: Float[np.ndarray, "rows methods"]) -> list[Rank]:
     scores = np.round(scores, DECIMALS)
     drawn = scores[1:][np.isfinite(scores[1:]).all(axis=1)]
     (observed,) = rankdata(-scores[:1], axis=1)
-    if not len(drawn):
-        drawn = scores[:1]
+    if len(drawn) < FEWEST:
+        return [Rank(float(rank), None, None, None) for rank in observed]
     placed = rankdata(-drawn, axis=1)
     highest = drawn == drawn.max(axis=1, keepdims=True)
     best = (highest / highest.sum(axis=1, keepdims=True)).mean(axis=0)

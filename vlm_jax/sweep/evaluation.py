@@ -5,7 +5,6 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import rich.console
 from etils import epath
@@ -23,7 +22,7 @@ from vlm_jax.sweep.progress import PointsProgress
 from vlm_jax.sweep.release_points import RefusedPoint
 from vlm_jax.sweep.release_run import Line, ReleaseEvaluation, ReleaseRunner
 from vlm_jax.sweep.report import Example, write_report
-from vlm_jax.sweep.retained import RETAINED_FILE, retained
+from vlm_jax.sweep.retained import RETAINED_FILE, retained, write_retained
 from vlm_jax.sweep.rows import RESULTS_FILE, run_points
 from vlm_jax.sweep.run import EXAMPLES_PER_TASK, FRONTIER_FILE, REPORT_FILE, drawable, results_table
 from vlm_jax.train.claim import Claim
@@ -126,15 +125,14 @@ class Evaluation:
 
         shown = [drawable(line) for line in with_hard_questions(results, DOWNSAMPLED, answers)]
         kept = retained(combine_seeds(shown), answers, self._settings.chosen_metrics, CONTROLS)
-        if kept is not None:
-            kept.write(self.workdir / RETAINED_FILE)
+        write_retained(kept, self.workdir / RETAINED_FILE)
         draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
         title = f"Visual token budgets: {self._settings.release}"
         examples = self._examples([result["label"] for result in results])
-        given: Any = {"controls": CONTROLS, "examples": examples, "title": title, "retained": kept}
-        write_report(shown, self.workdir / REPORT_FILE, **given)
+        path = self.workdir / REPORT_FILE
+        write_report(shown, path, controls=CONTROLS, examples=examples, title=title, retained=kept)
         self._console.print(results_table(shown), soft_wrap=True, highlight=False, markup=False)
-        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
+        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE, *([] if kept is None else [RETAINED_FILE])):
             self._console.print(f"{self.workdir / name}", soft_wrap=True)
 
     def _examples(self, labels: Sequence[str]) -> list[Example]:

@@ -3,12 +3,11 @@
 Source: Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and More Parameters" (arXiv 2411.03312),
 section 3: error = A / N^alpha * B / T^beta + D. As in the released code (scaling_law_code/objective.py), A and B are
 one coefficient, which is all that data can tell, and T are visual tokens. Deviation: that code draws from a grid of
-bounded ranges; here the least squares are solved, with no bound but that nothing is negative.
+bounded ranges; here the least squares are solved, with exponents in [0, 8] and nothing negative.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -27,12 +26,14 @@ class Measured:
     Attributes:
       size: N, parameters of the language model.
       tokens: T, visual tokens.
-      error: 1 minus the accuracy, in [0, 1].
+      error: 1 minus the accuracy, in [0, 1]; the mean over seeds.
+      seeds: {seed: its error}; empty where that is not known.
     """
 
     size: float
     tokens: float
     error: float
+    seeds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Law:
         """Visual tokens with the least error, where the size is as large as the FLOPs of inference allow.
 
         With 2 N (Q + T) FLOPs, Q text tokens, the error falls with T as long as beta / T > alpha / (Q + T): the best
-        number is beta Q / (alpha - beta), of any budget; all tokens where tokens matter as much as size. A size that
-        is not for sale is not considered: see `best_within`.
+        number is beta Q / (alpha - beta), of any budget; all tokens where tokens matter as much as size. Only
+        sizes that exist are considered by `best_within`.
 
         Args:
           text_tokens: Q; 0 where the text is cached.
@@ -73,18 +74,17 @@ def flops_of(size: float, text_tokens: float, tokens: float) -> float:
     return 2 * size * (text_tokens + tokens)
 
 
-def best_within(
-    law: Law, flops: float, text_tokens: float, sizes: Sequence[float], tokens: Sequence[float]
-) -> Measured | None:
-    """Of the models and budgets that there are, what the law says is best within FLOPs; None where none is.
+def best_within(law: Law, flops: float, text_tokens: float, points: Sequence[Measured]) -> Measured | None:
+    """Of the measured points within FLOPs the one with the least error by the law; None where none is within.
 
-    Of equal errors the cheaper one.
+    The law chooses, since the least of several measured errors is too low by chance. Of equal errors the cheaper one.
     """
-    pairs = [(n, t) for n, t in itertools.product(sizes, tokens) if flops_of(n, text_tokens, t) <= flops]
-    if not pairs:
-        return None
-    n, t = min(pairs, key=lambda pair: (law.error(*pair), flops_of(pair[0], text_tokens, pair[1])))
-    return Measured(n, t, float(law.error(n, t)))
+
+    def place(point: Measured) -> tuple[float, float]:
+        error = float(law.error(point.size, point.tokens))
+        return error, flops_of(point.size, text_tokens, point.tokens)
+
+    return min((one for one in points if flops_of(one.size, text_tokens, one.tokens) <= flops), key=place, default=None)
 
 
 def fit(points: Sequence[Measured], starts: Sequence[tuple[float, float]] = STARTS) -> Law:
@@ -125,14 +125,14 @@ def fit(points: Sequence[Measured], starts: Sequence[tuple[float, float]] = STAR
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """How well a law says points that it was not fitted to.
+    """How well a law predicts points that it was not fitted to.
 
     Attributes:
       law: fitted to the others.
       points: that were held out.
       predicted: their errors by the law.
       rms: root mean square of predicted minus measured.
-      rms_of_mean: likewise, of the mean of the points that it was fitted to, which says nothing.
+      rms_of_mean: likewise, of the mean of the points that it was fitted to, which predicts nothing.
     """
 
     law: Law
@@ -143,7 +143,7 @@ class HeldOut:
 
 
 def hold_out(points: Sequence[Measured], held: Bool[np.ndarray, "points"]) -> HeldOut:
-    """Fits the law to the points that are not held out, and says the others.
+    """Fits the law to the points that are not held out, and predicts the others.
 
     Raises:
       ValueError: none is held out, or as of `fit`.
@@ -165,31 +165,49 @@ def splits(points: Sequence[Measured]) -> dict[str, Bool[np.ndarray, "points"]]:
     return {"largest model": sizes == sizes.max(), "every fourth": places % 4 == 2}
 
 
-def exponent_intervals(points: Sequence[Measured]) -> dict[str, tuple[float, float]]:
-    """95% intervals of alpha and beta, by the bootstrap of the points.
+def exponent_intervals(points: Sequence[Measured]) -> dict[str, tuple[float, float]] | None:
+    """Ranges of alpha and beta over the trainings: the 2.5% and 97.5% quantiles of the bootstrap.
 
-    Draws to which the law cannot be fitted are left out.
+    The points of a size are of the same trainings, one a seed. Every replicate draws n - 1 of the n seeds of each size
+    with replacement, as `retained.over_seeds`, and takes the errors of all its points from these. The sizes stay the
+    same, so that the ranges hold the spread of trainings, and not that of the sizes about the law; of two seeds there
+    are two errors of each size, so that they are a rough guide, and no intervals of 95%.
+
+    Returns:
+      None where a size has fewer than two seeds that all of its points have.
     """
+    groups = [[one for one in points if one.size == size] for size in sorted({one.size for one in points})]
+    seeds = [sorted(set.intersection(*(set(one.seeds) for one in group))) for group in groups]
+    if min(map(len, seeds)) < 2:
+        return None
     whole = fit(points)
     start = (float(np.clip(whole.alpha, 1e-3, STEEPEST - 1e-3)), float(np.clip(whole.beta, 1e-3, STEEPEST - 1e-3)))
-    rng, found = np.random.default_rng(0), []
-    while len(found) < REPLICATES:
-        drawn = [points[place] for place in rng.integers(len(points), size=len(points))]
-        if len({one.size for one in drawn}) > 1 and len({one.tokens for one in drawn}) > 1:
-            law = fit(drawn, (start,))
-            found.append((law.alpha, law.beta))
-    low, high = np.quantile(found, (0.025, 0.975), axis=0)
+    rng = np.random.default_rng(0)
+    drawn = [rng.multinomial(len(own) - 1, [1 / len(own)] * len(own), REPLICATES) for own in seeds]
+    ends = np.cumsum([len(own) for own in seeds])[:-1]
+    different, places = np.unique(np.concatenate(drawn, axis=1), axis=0, return_inverse=True)
+    found = []
+    for counts in different:
+        replicate = [
+            dataclasses.replace(one, error=float(np.average([one.seeds[seed] for seed in own], weights=weights)))
+            for group, own, weights in zip(groups, seeds, np.split(counts, ends), strict=True)
+            for one in group
+        ]
+        law = fit(replicate, (start,))
+        found.append((law.alpha, law.beta))
+    low, high = np.quantile(np.array(found)[places.reshape(-1)], (0.025, 0.975), axis=0)
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(("alpha", "beta"))}
 
 
 def residual(law: Law, points: Sequence[Measured]) -> float:
-    """Root mean square of what the law says minus what is measured."""
+    """Root mean square of what the law predicts minus what is measured."""
     sizes, tokens, errors = _columns(points)
     return _rms(np.asarray(law.error(sizes, tokens)) - errors)
 
 
 def _columns(points: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    sizes, tokens, errors = np.array([dataclasses.astuple(point) for point in points], float).reshape(-1, 3).T
+    columns = [(point.size, point.tokens, point.error) for point in points]
+    sizes, tokens, errors = np.array(columns, float).reshape(-1, 3).T
     return sizes, tokens, errors
 
 

@@ -33,7 +33,7 @@ from vlm_jax.sweep.frontier import (
     tasks_of,
     total_costs,
 )
-from vlm_jax.sweep.retained import Cell, Retained
+from vlm_jax.sweep.retained import Cell, Retained, Share
 
 Rectangle = tuple[float, float, float, float]
 
@@ -95,7 +95,13 @@ def report_html(
     points, tasks = combine_seeds(results), tasks_of(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend has the sweep's order
-    environment.filters |= {"percent": percent, "quantity": quantity, "verdict": verdict, "standing": standing}
+    environment.filters |= {
+        "percent": percent,
+        "quantity": quantity,
+        "verdict": verdict,
+        "standing": standing,
+        "ends": ends,
+    }
     room = resources.files("vlm_jax.sweep")
     template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -134,8 +140,15 @@ def standing(cell: Cell) -> str:
     rank = cell.rank
     if rank is None:
         return ""
+    if rank.low is None or rank.high is None or rank.best is None:
+        return f"rank {quantity(rank.rank)} [–], best –"
     low, high = quantity(rank.low), quantity(rank.high)
     return f"rank {quantity(rank.rank)} [{low}, {high}], best {100 * rank.best:.0f}%"
+
+
+def ends(share: Share) -> str:
+    """The interval of a share in per cent; a dash without one."""
+    return "[–]" if share.low is None or share.high is None else f"[{share.low:.1f}, {share.high:.1f}]"
 
 
 def _columns(retained: Retained) -> list[tuple[str, str, str]]:

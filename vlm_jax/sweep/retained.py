@@ -1,7 +1,7 @@
 """What every point retains of the scores at full budget, and the ranks of methods at each budget, with intervals.
 
-All numbers are from one bootstrap: pictures are resampled, the same ones for all points, and where there are several
-seeds these are resampled first. A replicate so has all points on the same questions of the same trainings.
+All numbers are from one bootstrap: where there are several seeds these are resampled first, then pictures, the same
+ones for all points. A replicate so has all points on the same questions of the same trainings.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from vlm_jax.evals.bootstrap import REPLICATES
 from vlm_jax.evals.groups import GROUNDING, MULTI_TURN, OCR, group_of_task, is_multi_turn
 from vlm_jax.evals.metrics import metric_of
 from vlm_jax.evals.metrics.yes_no import Mme, Pope
-from vlm_jax.evals.ranks import Rank, ranks
+from vlm_jax.evals.ranks import FEWEST, Rank, ranks
 from vlm_jax.evals.scores import Scores
 from vlm_jax.sweep.frontier import FrontierPoint, replace_whole
 from vlm_jax.sweep.release_points import AS_RELEASED, UNREDUCED
@@ -31,11 +31,16 @@ ByTask = dict[str, Replicates]
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Per cent of the score at full budget, with its 95% interval."""
+    """Per cent of the score at full budget, with its 95% interval.
+
+    Attributes:
+      mean: of all answers.
+      low, high: None where the full budget scores in fewer than `FEWEST` replicates.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,12 @@ class Cell:
     """What a point retains, of all benchmarks, of one, or of a group.
 
     Attributes:
-      share: None where the full budget scores 0.
-      rank: among the points of the same budget; None where there is no other.
+      share: of the score at full budget.
+      rank: among the points of the same budget; None where there is no other, where one of them lacks the benchmark,
+        or where they have no seed in common.
     """
 
-    share: Share | None
+    share: Share
     rank: Rank | None = None
 
 
@@ -57,6 +63,8 @@ class Kept:
 
     Attributes:
       label, connector, budget: of the point.
+      seeds: those of the full budget that the point has, of which its shares are.
+      rank_seeds: those of them that all points of its budget have, of which its ranks are; empty without ranks.
       overall: of all benchmarks, the mean of their per cent.
       benchmarks: by task; the subtasks of MME are one, whose score is their sum.
       groups: of those in `GROUPS` that have questions: the mean over their benchmarks.
@@ -65,6 +73,8 @@ class Kept:
     label: str
     connector: str
     budget: int | str
+    seeds: tuple[int, ...]
+    rank_seeds: tuple[int, ...]
     overall: Cell
     benchmarks: dict[str, Cell]
     groups: dict[str, Cell]
@@ -76,13 +86,19 @@ class Retained:
 
     Attributes:
       full: label of the point with the full budget, which has 100%.
-      seeds: that are resampled.
+      seeds: of the full budget, which are resampled.
+      has_turns: whether all rows of answers have `turns`; without them there is no group `MULTI_TURN`.
       points: in the order of the results.
+      left_out: {label: reason} of the other points.
+      unranked: budgets of several points that have no seed in common, and so no ranks.
     """
 
     full: str
     seeds: tuple[int, ...]
+    has_turns: bool
     points: tuple[Kept, ...]
+    left_out: dict[str, str]
+    unranked: tuple[int | str, ...]
 
     @property
     def benchmarks(self) -> list[str]:
@@ -96,7 +112,15 @@ class Retained:
 
     def write(self, path: epath.Path) -> None:
         """Writes all of it as JSON, over an earlier file."""
-        replace_whole(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+        replace_whole(path, (json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_retained(found: Retained | None, path: epath.Path) -> None:
+    """Writes what is retained over an earlier file, or removes that where nothing is."""
+    if found is not None:
+        found.write(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def task_scores(rows: Iterable[Mapping[str, Any]], chosen: Mapping[str, str]) -> ByTask:
@@ -114,19 +138,25 @@ def task_scores(rows: Iterable[Mapping[str, Any]], chosen: Mapping[str, str]) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Answers:
-    """Scores of one point with one seed: of all answers by task, and of those to later questions of a conversation."""
+    """Scores of one point with one seed.
+
+    Attributes:
+      tasks: of all answers.
+      multi_turn: of those to later questions of a conversation; None where a row lacks `turns`.
+    """
 
     tasks: ByTask
-    multi_turn: ByTask
+    multi_turn: ByTask | None
 
 
 def _read(rows: Iterable[Mapping[str, Any]], chosen: Mapping[str, str]) -> _Answers:
-    of_all, later = Scores(chosen), Scores(chosen)
+    of_all, later, has_turns = Scores(chosen), Scores(chosen), True
     for row in rows:
         of_all.add(row)
-        if is_multi_turn(row):
+        has_turns = has_turns and "turns" in row
+        if has_turns and is_multi_turn(row):
             later.add(row)
-    return _Answers(_drawn(of_all), _drawn(later))
+    return _Answers(_drawn(of_all), _drawn(later) if has_turns else None)
 
 
 def _drawn(scores: Scores) -> ByTask:
@@ -157,8 +187,11 @@ def shares(ours: Mapping[str, Replicates], whole: Mapping[str, Replicates]) -> B
 
 
 def told(values: Replicates) -> Share:
-    """The per cent of all answers with its interval."""
-    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    """The per cent of all answers with its interval, of the replicates with a number."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    if len(drawn) < FEWEST:
+        return Share(float(values[0]), None, None)
+    low, high = np.quantile(drawn, (0.025, 0.975))
     return Share(float(values[0]), float(low), float(high))
 
 
@@ -167,17 +200,19 @@ def _ratio(above: Replicates, below: Replicates) -> Replicates:
 
 
 def over_seeds(seeds: Sequence[ByTask]) -> ByTask:
-    """Means over seeds, which every replicate draws with replacement.
+    """Means over seeds; of n of them every replicate draws n - 1 with replacement.
 
-    Points with as many seeds have the same draws. With n seeds the variance of their mean comes out too small by the
-    factor (n - 1) / n, as of any bootstrap.
+    With one fewer than there are, the variance of the mean is that of independent trainings, s^2 / n, without bias.
+    Points with as many seeds have the same draws. Of fewer than about five seeds intervals are still too short.
+
+    Source: Rao and Wu 1988, "Resampling inference with complex survey data" (n - 1 draws).
 
     Args:
       seeds: {task: scores} of each seed; tasks that one of them lacks are left out.
     """
-    count = len(seeds)
-    drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, REPLICATES)
-    weights = np.concatenate([np.ones((1, count)), drawn]) / count
+    count, size = len(seeds), max(1, len(seeds) - 1)
+    drawn = np.random.default_rng(0).multinomial(size, [1 / count] * count, REPLICATES)
+    weights = np.concatenate([np.full((1, count), 1 / count), drawn / size])
     names = [name for name in seeds[0] if all(name in one for one in seeds)]
     return {name: np.sum([weights[:, i] * one[name] for i, one in enumerate(seeds)], axis=0) for name in names}
 
@@ -205,6 +240,7 @@ class _Scores:
         self._runs = {
             point.label: {run["seed"]: _read(answers(run["label"]), chosen) for run in point.runs} for point in points
         }
+        self.has_turns = all(one.multi_turn is not None for runs in self._runs.values() for one in runs.values())
 
     def common(self, labels: Iterable[str]) -> tuple[int, ...]:
         """Seeds that all of the points have."""
@@ -215,7 +251,9 @@ class _Scores:
         runs = [self._runs[label][seed] for seed in seeds]
         tasks = over_seeds([run.tasks for run in runs])
         groups = {task: group_of_task(task, self._chosen) for task in tasks}
-        parts = {"": tasks, MULTI_TURN: over_seeds([run.multi_turn for run in runs])}
+        parts = {"": tasks}
+        if self.has_turns:
+            parts[MULTI_TURN] = over_seeds([run.multi_turn for run in runs if run.multi_turn is not None])
         parts |= {name: {task: tasks[task] for task in tasks if groups[task] == name} for name in (OCR, GROUNDING)}
         return {name: of_benchmarks(part, self._chosen) for name, part in parts.items()}
 
@@ -255,10 +293,20 @@ def retained(
     if full is None:
         return None
     scores = _Scores(points, answers, chosen)
-    cells = {point.label: _shares_of(scores, point.label, full) for point in points}
-    placed = _ranked(scores, points, full)
-    made = tuple(_kept(point, cells[point.label], placed[point.label]) for point in points if cells[point.label])
-    return Retained(full, scores.common([full]), made) if made else None
+    seeds = {point.label: scores.common([point.label, full]) for point in points}
+    cells, left_out = dict[str, dict[Key, Share]](), dict[str, str]()
+    for label, common in seeds.items():
+        found = scores.shares(label, full, common) if common else {}
+        if OVERALL in found:
+            cells[label] = {key: told(values) for key, values in found.items()}
+        else:
+            left_out[label] = f"no benchmark on which {full} scores" if common else f"no seed of {full}"
+    if not cells:
+        return None
+    having = [point for point in points if point.label in cells]
+    placed, unranked = _ranked(scores, having, full)
+    made = tuple(_kept(one, seeds[one.label], cells[one.label], placed.get(one.label)) for one in having)
+    return Retained(full, seeds[full], scores.has_turns, made, left_out, unranked)
 
 
 def _full(points: Sequence[FrontierPoint], controls: frozenset[str]) -> str | None:
@@ -274,34 +322,50 @@ def _full(points: Sequence[FrontierPoint], controls: frozenset[str]) -> str | No
     return max(candidates, key=place).label
 
 
-def _shares_of(scores: _Scores, label: str, full: str) -> dict[Key, Share | None]:
-    """Of everything that a table shows what a point retains; nothing if it has no seed of the full budget's."""
-    seeds = scores.common([label, full])
-    found = scores.shares(label, full, seeds) if seeds else {}
-    return {key: told(values) for key, values in found.items()}
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """The ranks of a point, and the seeds that they are of."""
+
+    seeds: tuple[int, ...]
+    ranks: dict[Key, Rank]
 
 
-def _ranked(scores: _Scores, points: Sequence[FrontierPoint], full: str) -> dict[str, dict[Key, Rank]]:
-    """{label: its ranks among the points of its budget}, by the seeds that all of these have."""
-    placed: dict[str, dict[Key, Rank]] = {point.label: {} for point in points}
-    budgets: dict[Any, list[str]] = {}
+def _ranked(
+    scores: _Scores, points: Sequence[FrontierPoint], full: str
+) -> tuple[dict[str, _Placed], tuple[int | str, ...]]:
+    """{label: its ranks among the points of its budget}, by the seeds that all of these have; budgets without any."""
+    placed, unranked = dict[str, _Placed](), list[int | str]()
+    budgets: dict[int | str, list[str]] = {}
     for point in points:
         budgets.setdefault(point.runs[0]["token_budget"], []).append(point.label)
-    for labels in budgets.values():
+    for budget, labels in budgets.items():
+        if len(labels) < 2:
+            continue
         seeds = scores.common([*labels, full])
-        if len(labels) < 2 or not seeds:
+        if not seeds:
+            unranked.append(budget)
             continue
         found = [scores.shares(label, full, seeds) for label in labels]
+        placed |= {label: _Placed(seeds, {}) for label in labels}
         for key in (key for key in found[0] if all(key in one for one in found)):
             for label, rank in zip(labels, ranks(np.stack([one[key] for one in found], axis=1)), strict=True):
-                placed[label][key] = rank
-    return placed
+                placed[label].ranks[key] = rank
+    return placed, tuple(unranked)
 
 
-def _kept(point: FrontierPoint, cells: Mapping[Key, Share | None], placed: Mapping[Key, Rank]) -> Kept:
+def _kept(point: FrontierPoint, seeds: tuple[int, ...], cells: Mapping[Key, Share], placed: _Placed | None) -> Kept:
+    ranks_of = {} if placed is None else placed.ranks
+
     def of_kind(kind: str) -> dict[str, Cell]:
-        return {name: Cell(share, placed.get((of, name))) for (of, name), share in cells.items() if of == kind}
+        return {name: Cell(share, ranks_of.get((of, name))) for (of, name), share in cells.items() if of == kind}
 
-    overall = Cell(cells.get(OVERALL), placed.get(OVERALL))
-    budget = point.runs[0]["token_budget"]
-    return Kept(point.label, point.connector, budget, overall, of_kind("benchmark"), of_kind("group"))
+    return Kept(
+        label=point.label,
+        connector=point.connector,
+        budget=point.runs[0]["token_budget"],
+        seeds=seeds,
+        rank_seeds=() if placed is None else placed.seeds,
+        overall=Cell(cells[OVERALL], ranks_of.get(OVERALL)),
+        benchmarks=of_kind("benchmark"),
+        groups=of_kind("group"),
+    )

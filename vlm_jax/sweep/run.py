@@ -22,7 +22,7 @@ from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settin
 from vlm_jax.sweep.progress import PointsProgress, text_table
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
-from vlm_jax.sweep.retained import RETAINED_FILE, retained
+from vlm_jax.sweep.retained import RETAINED_FILE, retained, write_retained
 from vlm_jax.sweep.rows import RESULTS_FILE, run_points
 from vlm_jax.sweep.search import DRAW
 from vlm_jax.train.claim import Claim
@@ -135,10 +135,15 @@ class Sweep:
             if point.config.schedule and name in before:
                 after.append(before[name])
             before[name] = point.label
-            given: Any = {"command": self._command(point), "timed": timing.is_due(point)}
-            given["keep"] = name in rest or (not rest and several[name] > 1)
-            given["halving"] = self._halving(point)
-            yield Task(point.label, functools.partial(self._runner.run, point, **given), tuple(after))
+            run = functools.partial(
+                self._runner.run,
+                point,
+                command=self._command(point),
+                timed=timing.is_due(point),
+                keep=name in rest or (not rest and several[name] > 1),
+                halving=self._halving(point),
+            )
+            yield Task(point.label, run, tuple(after))
 
     def _halving(self, point: Point) -> Halving | None:
         """The rungs of a point's training, which is compared with those at the same budget."""
@@ -200,13 +205,13 @@ class Sweep:
             draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=controls)
             title = f"Visual token budgets: {self._config_path}"
             kept = retained(combine_seeds(shown), self._answers, self._runner.metrics, controls)
-            if kept is not None:
-                kept.write(self.workdir / RETAINED_FILE)
-            given: Any = {"controls": controls, "examples": self._examples(), "title": title, "retained": kept}
-            write_report(shown, self.workdir / REPORT_FILE, **given)
+            write_retained(kept, self.workdir / RETAINED_FILE)
+            path, examples = self.workdir / REPORT_FILE, self._examples()
+            write_report(shown, path, controls=controls, examples=examples, title=title, retained=kept)
         self._print(results_table([drawable(result) for result in results]))
-        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
-            self._print(f"{self.workdir / name}")
+        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE, RETAINED_FILE):
+            if name != RETAINED_FILE or (self.workdir / name).exists():
+                self._print(f"{self.workdir / name}")
 
     def _print(self, text: str) -> None:
         """Text as it is: no name is cut, wrapped or read as markup."""
