@@ -94,10 +94,16 @@ def test_a_copy_that_cannot_be_written_or_read_ends_the_run_with_what_helps(open
     assert copies.latest() is None
     copies.save(4, state)
     assert opened().latest() == 4
-    monkeypatch.setattr(Manager, "fails", ValueError("Error decoding"))
     monkeypatch.setattr(Manager, "restore", lambda self, step: self.save(step, None))
+    monkeypatch.setattr(Manager, "fails", RuntimeError("Gloo all-reduce failed: Connection closed by peer"))
+    told = tried("rerun the same command on all hosts to read it again, or delete {} first to resume from another copy or")
+    with pytest.raises(CheckpointError, match=rf"\(RuntimeError: Gloo .* peer\), and was left as it is; {told}"):
+        copies.restore(4, state)
+    copies = opened()
+    assert copies.latest() == 4
+    monkeypatch.setattr(Manager, "fails", ValueError("Error decoding manifest"))
     told = tried("and was deleted; rerun the same command on all hosts to resume from another copy or checkpoint")
-    with pytest.raises(CheckpointError, match=rf"cannot be read \(ValueError: Error decoding\), {told}"):
+    with pytest.raises(CheckpointError, match=rf"cannot be read \(ValueError: Error decoding manifest\), {told}"):
         copies.restore(4, state)
     assert opened().latest() is None
 

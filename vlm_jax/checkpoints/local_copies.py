@@ -29,7 +29,15 @@ from orbax.checkpoint._src.multihost import multihost, multislice
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as emergency
 
 from vlm_jax.checkpoints.checksums import merged_checksums
-from vlm_jax.checkpoints.verification import CheckpointError, DamagedCheckpoint, failed_anywhere, few, first_line, named
+from vlm_jax.checkpoints.verification import (
+    CheckpointError,
+    DamagedCheckpoint,
+    damage_of,
+    failed_anywhere,
+    few,
+    first_line,
+    named,
+)
 from vlm_jax.config import ConfigError
 from vlm_jax.paths import absolute, is_remote
 from vlm_jax.types import Tree
@@ -148,7 +156,8 @@ class LocalCopies:
 
         Raises:
           DamagedCheckpoint: a value is not as it was written; the copies are deleted.
-          CheckpointError: the copy of this host cannot be read; it is deleted.
+          CheckpointError: the copy of this host cannot be read; it is deleted where its files are damaged, and else left,
+            since the cause may be another host that is lost.
         """
         sharding = NamedSharding(self._mesh, PartitionSpec())
         count = len(jax.tree.leaves(like))
@@ -157,7 +166,13 @@ class LocalCopies:
         self._manager = self._open(wanted)
         try:
             found = self._manager.restore(step)[STATE]
-        except Exception as error:  # on one host alone: the others wait for its values
+        except Exception as error:  # of this host's copy, or of the values from another host
+            if damage_of(error) is None:
+                raise CheckpointError(
+                    f"the copy of step {step} cannot be read here ({first_line(error)}), and was left as it is; rerun the "
+                    f"same command on all hosts to read it again, or delete {self._copies} first to resume from another "
+                    "copy or checkpoint"
+                ) from error
             shutil.rmtree(self._copies, ignore_errors=True)
             raise CheckpointError(
                 f"the copy of step {step} in {self._copies} cannot be read ({first_line(error)}), and was deleted; "
