@@ -55,7 +55,7 @@ def config_of(folder: Path, remat: tuple[str, str], length: int, images: int) ->
 
 
 def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
-    """That of `config_of`."""
+    """Builds the experiment of `config_of`."""
     config = config_of(folder, remat, length, images)
     from vlm_jax.build import build
 

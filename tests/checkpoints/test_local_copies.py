@@ -94,12 +94,31 @@ def test_a_copy_that_cannot_be_written_or_read_ends_the_run_with_what_helps(open
     assert copies.latest() is None
     copies.save(4, state)
     assert opened().latest() == 4
-    monkeypatch.setattr(Manager, "fails", ValueError("Error decoding"))
     monkeypatch.setattr(Manager, "restore", lambda self, step: self.save(step, None))
+    monkeypatch.setattr(Manager, "fails", RuntimeError("Gloo all-reduce failed: Connection closed by peer"))
+    told = tried(
+        "rerun the same command on all hosts to read it again, or delete {} first to resume from another copy or"
+    )
+    with pytest.raises(CheckpointError, match=rf"\(RuntimeError: Gloo .* peer\), and was left as it is; {told}"):
+        copies.restore(4, state)
+    copies = opened()
+    assert copies.latest() == 4
+    monkeypatch.setattr(Manager, "fails", ValueError("Error decoding manifest"))
     told = tried("and was deleted; rerun the same command on all hosts to resume from another copy or checkpoint")
-    with pytest.raises(CheckpointError, match=rf"cannot be read \(ValueError: Error decoding\), {told}"):
+    with pytest.raises(CheckpointError, match=rf"cannot be read \(ValueError: Error decoding manifest\), {told}"):
         copies.restore(4, state)
     assert opened().latest() is None
+
+
+def test_a_copy_whose_write_fails_at_the_end_of_a_run_is_told(opened, monkeypatch, caplog):
+    def close(manager):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    copies = opened()
+    monkeypatch.setattr(Manager, "close", close)
+    copies.close()
+    (line,) = caplog.messages
+    assert "/run/1-8x1x1x1x1/0/copies was not written (OSError: [Errno 28] No space left on device)" in line
 
 
 def test_merged_checksums_are_those_of_values_with_one_zero_and_one_nan():

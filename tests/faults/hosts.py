@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 
 import tests.conftest  # noqa: F401  # JAX's settings
 from tests.faults.training import get_config
 from tests.processes.conftest import environment
 
 HOSTS, STEPS, COPY_EVERY = 4, 60, 4
+SECONDS = 0.1  # of a step at least: the run must not end before the test kills a process
 
 
 def main(workdir: str, copies: str, port: str, index: str) -> None:
@@ -24,9 +26,10 @@ def main(workdir: str, copies: str, port: str, index: str) -> None:
     with config.unlocked():
         config.stages.answering.steps = STEPS
         # No checkpoint before the end: only a copy can have the state.
-        config.loop.update({"save_every": 1000, "copy_every": COPY_EVERY, "watchdog": 6.0})
+        config.loop.update({"save_every": 1000, "copy_every": COPY_EVERY, "watchdog": 15.0})
         config.loop.local_copies = copies
-    Trainer(config, build(config), make_mesh(MeshSettings(data=HOSTS)), workdir).run()
+    mesh = make_mesh(MeshSettings(data=HOSTS))
+    Trainer(config, build(config), mesh, workdir, progress=lambda *_: time.sleep(SECONDS)).run()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ often. Its resident memory, open file handles and threads, with those of its pro
 second, and each is judged by its growth against the steps, after a warm-up of a third of them:
 
 - The steps are divided into `BLOCKS` equal blocks, and a block's value is the least that was read in it: what a save
-  or an evaluation holds for a moment, and what the allocator has not yet returned, is in no such minimum of all.
+  or an evaluation holds for a moment, and what the allocator has not yet returned, does not raise the minimum of a
+  block.
 - A line of least squares goes through the blocks' values. *Growth* is what it rises over a thousand steps, and *noise*
-  the half width of its interval at 1 in 1000, one-sided, from what the values deviate from the line.
+  the half width of its interval at 1 in 2000, one-sided, from what the values deviate from the line.
 - It is a leak where growth - noise is above `ALLOWED`, which is what a run of a million steps can afford: a step up,
   as of a pool of threads that makes its last one late, is noise to a line, and a steady rise is not.
 
 After SIGTERM at the end, `metrics.jsonl` must have the line of every step up to the checkpoint that was saved, and
-`evaluations.jsonl` that of every evaluation.
+`evaluations.jsonl` that of every evaluation, but for one at the last step, which the next process makes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from tests.processes.conftest import ROOT, environment
 from tests.processes.watching import processes_of
 
 BLOCKS, WARM_UP = 10, 1 / 3
-STUDENT = 4.501  # t of 8 degrees of freedom, one-sided 1 in 1000
+STUDENT = 5.041  # t of 8 degrees of freedom, one-sided 1 in 2000; one step up in the middle has 5.0
 INTERVAL = 0.5  # seconds between two readings
 SAVE_EVERY, EVALUATE_EVERY = 20, 50
 # What may be added in a thousand steps.
@@ -141,6 +142,8 @@ def missing_lines(workdir: pathlib.Path) -> list[str]:
         lines = path.read_text().splitlines() if path.exists() else []
         found = [json.loads(line)["step"] for line in lines]
         wanted = list(range(every, newest + 1, every))
+        if every > 1 and newest % every == 0 and found == wanted[:-1]:
+            continue  # stopped by SIGTERM between the checkpoint and its evaluation
         if found != wanted:
             lacking = sorted(set(wanted) - set(found))[:5]
             problems.append(
@@ -159,7 +162,7 @@ def command(folder: pathlib.Path) -> list[str]:
     settings: dict[str, object] = {f"stages.instruction.{key}": value for key, value in stage.items()}
     settings |= {f"stages.instruction.learning_rates.{part}": 1e-4 for part in ("connector", "decoder")}
     settings |= {"loop.save_every": SAVE_EVERY, "loop.log_every": 5, "loop.input_workers": 1}
-    settings |= {"evaluation.every": EVALUATE_EVERY, "evaluation.max_new_tokens": 4, "data.held_out": 4}
+    settings |= {"evaluation.every": EVALUATE_EVERY, "evaluation.max_new_tokens": 4}
     settings |= {
         "data.held_out": 4,
         "data.tasks": ("colour", "place"),

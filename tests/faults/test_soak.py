@@ -1,4 +1,4 @@
-"""What `make soak` judges by: processes that keep something, and such that do not."""
+"""What `make soak` judges by: a process that leaks and one that does not."""
 
 import subprocess
 import sys
@@ -67,8 +67,10 @@ def test_noise_is_no_leak_and_a_small_leak_in_noise_is():
 
 def test_one_thread_that_is_made_late_is_no_leak_and_one_every_thousand_steps_is():
     steps = np.arange(0, 9_001, 5)
-    late = np.where(steps > 7000, 41, 40)
-    assert not soak.trend(steps, late).is_leak(soak.ALLOWED["threads"])
+    short = np.arange(0, 1501, 5)  # in which one thread weighs more
+    for of, begins in ((steps, range(3000, 9000, 300)), (short, range(500, 1500, 50))):  # first block to last
+        for begin in begins:
+            assert not soak.trend(of, np.where(of > begin, 41, 40)).is_leak(soak.ALLOWED["threads"]), begin
     assert soak.trend(steps, 40 + steps // 1000).is_leak(soak.ALLOWED["threads"])
 
 
@@ -83,6 +85,14 @@ def test_a_step_without_its_line_is_named(tmp_path):
     (tmp_path / "evaluations.jsonl").write_text(lines[49] + lines[99])
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert soak.missing_lines(tmp_path) == [] and soak.last_step(tmp_path / "metrics.jsonl") == 100
+    (tmp_path / "evaluations.jsonl").write_text(lines[49])
+    assert soak.missing_lines(tmp_path) == []  # the run was stopped before the evaluation of step 100
+    (tmp_path / "evaluations.jsonl").write_text(lines[99])
+    (told,) = soak.missing_lines(tmp_path)
+    assert told == "evaluations.jsonl: expected 2 lines up to step 100, found 1; lacks [50]"
+    (tmp_path / "evaluations.jsonl").write_text(lines[49] + lines[99])
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert soak.missing_lines(tmp_path) == ["metrics.jsonl: expected 100 lines up to step 100, found 99; lacks [100]"]
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:41] + lines[42:]))
     (told,) = soak.missing_lines(tmp_path)
     assert told == "metrics.jsonl: expected 100 lines up to step 100, found 99; lacks [42]"

@@ -21,5 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all-meshes"):
         chosen = tuple(f"[{name}]" for name in SAMPLE)
         others = [item for item in items if "tests/scale" in item.nodeid and not item.name.endswith(chosen)]
+        here = [item.name for item in items if "tests/scale" in item.nodeid]
+        lacking = [name for name in chosen if here and not any(one.endswith(name) for one in here)]
+        if lacking and not any("::" in word for word in config.args):  # all tests of the file are collected
+            raise pytest.UsageError(f"SAMPLE in tests/scale/conftest.py: no test is called {', '.join(lacking)}")
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

@@ -1,11 +1,14 @@
 """Small releases trained by 2 and 4 real processes of two devices each, against one device of one process."""
 
+import contextlib
 import itertools
 import json
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +19,10 @@ from tests.processes.conftest import ROOT, environment
 from tests.processes.joined import finish, free_port, losses, lost
 from tests.scale.training import IMAGES, WATCHDOG, train, write
 from vlm_jax.sharding.mesh import CONTEXT, DATA, EXPERT, FSDP, TENSOR
+from vlm_jax.train.watchdog import HEARTBEATS
 
 EXPERTS = {"deepseek_vl_v2"}
-SAVED, KILLED = 4, 10  # every so many steps; in the middle of this one
+SAVED, KILLED = 6, 11  # every so many steps; in the middle of this one, long after the last save
 
 
 def meshes(system: str, count: int) -> list[str]:
@@ -71,11 +75,13 @@ def start():
     """Starts so many processes that do the same jobs together; they are killed at the end, however it comes."""
     begun: list[subprocess.Popen] = []
 
-    def of(jobs, count) -> list[subprocess.Popen]:
+    def of(jobs, count, errors: Sequence[pathlib.Path] = ()) -> list[subprocess.Popen]:
         words, port = [sys.executable, "-m", "tests.scale.training", json.dumps(jobs), str(count)], str(free_port())
-        made = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        made = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "text": True}
         for index in range(count):
-            begun.append(subprocess.Popen([*words, str(index), port], env=environment(2), **made))
+            with contextlib.ExitStack() as stack:
+                to = stack.enter_context(errors[index].open("w")) if errors else subprocess.PIPE
+                begun.append(subprocess.Popen([*words, str(index), port], env=environment(2), stderr=to, **made))
         return begun[-count:]
 
     yield of
@@ -86,7 +92,10 @@ def start():
 
 @pytest.fixture(scope="module")
 def workdirs(request, folder, start, steps, tmp_path_factory):
-    """Workdirs of the chosen cases with so many processes, which train them one after another; and what they said."""
+    """Workdirs of the chosen cases with so many processes, which train them one after another.
+
+    Also the exit statuses of the processes, and what they wrote to stderr.
+    """
     made = {}
 
     def of(count):
@@ -96,9 +105,9 @@ def workdirs(request, folder, start, steps, tmp_path_factory):
             root = tmp_path_factory.mktemp("workdirs")
             found = {case: root / case.system / case.mesh for case in cases if case.count == count}
             jobs = [job(folder, workdir, case.system, case.mesh, steps) for case, workdir in found.items()]
-            processes = start(jobs, count)
-            said = [process.communicate(timeout=120 * len(jobs))[1] for process in processes]
-            made[count] = found, said
+            errors = [root / f"{count}-{index}.txt" for index in range(count)]  # no pipe, which could fill up
+            statuses = [process.wait(timeout=120 * len(jobs)) for process in start(jobs, count, errors)]
+            made[count] = found, statuses, [path.read_text() for path in errors]
         return made[count]
 
     return of
@@ -123,9 +132,10 @@ def assert_equal(workdir, expected):
 
 @pytest.mark.parametrize("case", [pytest.param(case, id="-".join(map(str, case))) for case in CASES])
 def test_steps_are_those_of_one_device(case, workdirs, one_device):
-    found, said = workdirs(case.count)
+    found, statuses, said = workdirs(case.count)
     assert (found[case] / "metrics.jsonl").exists(), said
     assert_equal(found[case], one_device(case.system))
+    assert statuses == [0] * case.count, said
 
 
 @pytest.mark.parametrize("system", IMAGES)
@@ -137,10 +147,11 @@ def test_a_run_whose_process_was_killed_goes_on_with_as_many_and_with_fewer(
     *others, victim = start([job(*given, killed=[3, KILLED], save_every=SAVED, log_every=1)], 4)
     victim.communicate(timeout=300)
     assert victim.returncode == -signal.SIGKILL
+    beat = json.loads((tmp_path / "run" / HEARTBEATS / "3.json").read_text())["step"]  # the victim's last
     for process in others:
         step, seconds = lost(process, victim, 3)
-        assert step <= KILLED and seconds <= WATCHDOG
-    assert len(losses(tmp_path / "run")) in (KILLED - 1, KILLED)
+        assert step == beat and seconds <= WATCHDOG
+    assert max(beat, KILLED) - 1 <= len(losses(tmp_path / "run")) < steps
     for count, mesh in ((4, wide), (2, "fsdp=2,context=2"), (1, "data=1")):
         workdir = shutil.copytree(tmp_path / "run", tmp_path / str(count))
         again = job(folder, workdir, system, mesh, steps, save_every=SAVED)

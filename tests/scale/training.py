@@ -74,10 +74,13 @@ def train(folder, workdir, system, mesh, steps, killed=None, **loop):
       killed: None, or an index of a process and a step, in the middle of which it is killed.
       **loop: keys of `config.loop`.
     """
+    least = float("inf")  # seconds of a step, since some run beside the write of a checkpoint
 
     def progress(step, steps, metrics):
+        nonlocal least
+        least = min(least, metrics["seconds"])
         if killed == [jax.process_index(), step + 1]:
-            threading.Timer(metrics["seconds"] / 2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(least / 2, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     sizes = {name: int(size) for name, size in (word.split("=") for word in mesh.split(","))}
     config = get_config(pathlib.Path(folder), system, steps, loop)

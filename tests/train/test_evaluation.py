@@ -15,12 +15,15 @@ import vlm_jax
 from configs import finetune
 from tests.contracts import releases
 from vlm_jax.build import build
+from vlm_jax.checkpoints.orbax import Resumed
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sharding.rules import placed
+from vlm_jax.train import loop
 from vlm_jax.train.best import Best
+from vlm_jax.train.copies import Copies
 from vlm_jax.train.evaluation import Evaluations
 from vlm_jax.train.loop import Interrupted, Trainer
 
@@ -176,6 +179,46 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept_and_resumed_from(config, 
     found = read_parts(tmp_path / "checkpoints" / "3", {"encoder": shapes["encoder"]})
     total = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(found))
     assert total == read(whole[0] / "evaluations" / "3.jsonl")[0]["total"]
+
+
+def test_the_best_evaluation_of_a_copy_that_a_run_resumes_from_has_a_checkpoint(
+    config, whole, one_device, tmp_path, monkeypatch
+):
+    copy = {}
+
+    class OfStep6(Copies):
+        """Stands for copies on hosts, of which one has that of step 6."""
+
+        def is_due(self, step):
+            return step == 6
+
+        def save(self, step, state):
+            copy[step] = jax.tree.map(np.asarray, state)
+
+        def newest(self, checkpoints, like, position):
+            if 6 not in copy:
+                return super().newest(checkpoints, like, position)
+            return Resumed(6, jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), copy[6], like(6)), position(6))
+
+    def kill(asked, number):
+        if asked == 1:  # at step 6, of which there is a copy
+            raise Killed
+
+    monkeypatch.setattr(loop, "Copies", OfStep6)
+    with config.unlocked():
+        config.loop.keep, config.loop.keep_best, config.loop.best_is = 1, "sum/mean", "highest"
+        config.loop.save_every = 100
+    first, second = Sums(kill), Sums()
+    first.metrics = lambda rows: {"sum": {"mean": 0.0}, "n": len(list(rows))}
+    with pytest.raises(Killed):
+        train(config, one_device, tmp_path, first)
+    second.metrics = lambda rows: {"sum": {"mean": 2.0 - second.asked}, "n": len(list(rows))}
+    train(config, one_device, tmp_path, second)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+    shapes = placed(build(config).boxed_shapes(), one_device)
+    found = read_parts(tmp_path / "checkpoints" / "6", {"encoder": shapes["encoder"]})
+    total = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(found))
+    assert total == read(whole[0] / "evaluations" / "6.jsonl")[0]["total"]
 
 
 def test_evaluations_are_compared_by_a_number_of_theirs():

@@ -16,6 +16,7 @@ import logging
 import shutil
 import socket
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,11 +26,20 @@ from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint._src.multihost import multihost, multislice
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as emergency
 
 from vlm_jax.checkpoints.checksums import merged_checksums
-from vlm_jax.checkpoints.verification import CheckpointError, DamagedCheckpoint, failed_anywhere, few, first_line, named
+from vlm_jax.checkpoints.verification import (
+    CheckpointError,
+    DamagedCheckpoint,
+    damage_of,
+    failed_anywhere,
+    few,
+    first_line,
+    named,
+)
 from vlm_jax.config import ConfigError
 from vlm_jax.paths import absolute, is_remote
 from vlm_jax.types import Tree
@@ -71,6 +81,13 @@ def check_replicas(mesh: Mesh, axis: str, folder: str, path: str) -> None:
         )
 
 
+class _Never(managers.SaveDecisionPolicy):
+    """Saves nothing. Not `should_save_fn`, beside which Orbax saves at a preemption."""
+
+    def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
+        return False
+
+
 class LocalCopies:
     """The copies of one run; all processes call every method alike.
 
@@ -108,7 +125,7 @@ class LocalCopies:
     def _open(self, like: Tree) -> Any:
         options = emergency.CheckpointManagerOptions(
             local=emergency.LocalCheckpointOptions(save_interval_steps=1, max_to_keep=1),
-            persistent=emergency.PersistentCheckpointOptions(should_save_fn=lambda *_: False),
+            persistent=emergency.PersistentCheckpointOptions(save_decision_policy=_Never()),
             replica_axis_index=self._mesh.axis_names.index(self._axis),
         )
         return emergency.CheckpointManager(self._copies, self._unused, self._mesh, like, options=options)
@@ -148,7 +165,8 @@ class LocalCopies:
 
         Raises:
           DamagedCheckpoint: a value is not as it was written; the copies are deleted.
-          CheckpointError: the copy of this host cannot be read; it is deleted.
+          CheckpointError: the copy of this host cannot be read; it is deleted where its files are damaged, and else
+            left, since the cause may be another host that is lost.
         """
         sharding = NamedSharding(self._mesh, PartitionSpec())
         count = len(jax.tree.leaves(like))
@@ -157,7 +175,13 @@ class LocalCopies:
         self._manager = self._open(wanted)
         try:
             found = self._manager.restore(step)[STATE]
-        except Exception as error:  # on one host alone: the others wait for its values
+        except Exception as error:  # of this host's copy, or of the values from another host
+            if damage_of(error) is None:
+                raise CheckpointError(
+                    f"the copy of step {step} cannot be read here ({first_line(error)}), and was left as it is; rerun "
+                    f"the same command on all hosts to read it again, or delete {self._copies} first to resume from "
+                    "another copy or checkpoint"
+                ) from error
             shutil.rmtree(self._copies, ignore_errors=True)
             raise CheckpointError(
                 f"the copy of step {step} in {self._copies} cannot be read ({first_line(error)}), and was deleted; "
@@ -171,16 +195,24 @@ class LocalCopies:
             if one != other
         ]
         if failed_anywhere(bool(lines)):
-            self.remove()
-            self._make()
+            self.clear()
             raise DamagedCheckpoint(f"the copy of step {step} on the hosts is damaged and was deleted: {few(lines)}")
         return state
 
     def close(self) -> None:
-        """Waits for the copy that is being saved; the first call of several."""
+        """Waits for the copy that is being saved, and warns where that fails; the first call of several."""
         manager, self._manager = self._manager, None
         if manager is not None:
-            manager.close()
+            try:
+                manager.close()
+            except Exception as error:  # Orbax raises what the background thread did
+                _log.warning("the last copy in %s was not written (%s)", self._copies, first_line(error))
+
+    def clear(self) -> None:
+        """Deletes the copies of all processes, after which others can be saved."""
+        if failed_anywhere(any(self._copies.iterdir())):
+            self.remove()
+            self._make()
 
     def remove(self) -> None:
         """Closes, and deletes this process's copies."""

@@ -76,15 +76,22 @@ class Copies:
     def newest(
         self, checkpoints: RunCheckpoints, like: Callable[[int], Tree], position: Callable[[int], Fields]
     ) -> Resumed | None:
-        """What a run resumes from: a copy where it is newer than all checkpoints, else as `RunCheckpoints.newest`.
+        """What a run resumes from: a copy where it is newer than the checkpoint of `RunCheckpoints.newest`, else that.
+
+        Copies that are not resumed from are deleted, since Orbax saves no copy of an earlier step than theirs.
 
         Args:
           checkpoints: of the run.
           like: given a step, the pytree of its state, as of `RunCheckpoints.restore`.
           position: given a step, that of the input after it.
         """
-        step = None if self._saved is None else self._saved.latest()
-        if self._saved is not None and step is not None and step > (checkpoints.latest() or 0):
+        if self._saved is None:
+            return checkpoints.newest(like)
+        step, found = self._saved.latest() or 0, None
+        if step <= (checkpoints.latest() or 0):
+            found = checkpoints.newest(like)  # an earlier one where the latest is damaged
+        if step > (0 if found is None else found.step):
+            found = None  # frees its memory
             try:
                 state = self._saved.restore(step, like(step))
             except DamagedCheckpoint as error:
@@ -93,7 +100,8 @@ class Copies:
                 if is_primary():
                     _log.info("resumes from the copy of step %d that other hosts have", step)
                 return Resumed(step, state, position(step))
-        return checkpoints.newest(like)
+        self._saved.clear()
+        return checkpoints.newest(like) if found is None else found
 
     def remove(self, checkpoints: RunCheckpoints) -> None:
         """Deletes the copies of a run that is finished, when its last checkpoint is complete."""

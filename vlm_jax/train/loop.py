@@ -214,8 +214,11 @@ class Trainer:
         step, position = (0, {}) if resumed is None else (resumed.step, resumed.position)
         span = span_at(self._spans, step)
         state = self._first_state(span) if resumed is None else resumed.state
-        self._evaluations.start(step, checkpoints.complete())
-        self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
+        complete = checkpoints.complete()
+        self._evaluations.start(step, complete)
+        # Where an earlier process was killed before it was made. The state of a copy has no checkpoint.
+        is_saved = resumed is None or step in complete
+        self._evaluate(state, log, checkpoints, None if is_saved else position)
         while True:
             state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:

@@ -18,7 +18,8 @@ class LoopSettings(GuardSettings):
       keep_every: also keeps the checkpoints of steps that are a multiple of it; None for none.
       local_copies: a folder of each host's own disk or memory for copies of the state between checkpoints, by Orbax's
         emergency manager: where a host is lost, the run resumes from a copy of the others. For runs whose
-        `config.mesh.data` copies of the model have hosts of their own; the first has none. None for no copies.
+        `config.mesh.data` copies of the model have hosts of their own; hosts of the first copy of the model save none.
+        None for no copies.
       copy_every: steps between these copies.
       keep_best: a number of the evaluations, by its path in `evaluations.jsonl`, as `accuracy/vqa/mean`: also keeps the
         checkpoint of the evaluated step where it is best, of equal ones the first; None for none.

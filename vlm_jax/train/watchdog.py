@@ -195,7 +195,7 @@ class Watchdog:
             raise
         except BaseException as error:
             if _is_of_others(error):  # the thread finds out who it was, and ends this process
-                thread.join(self._seconds)
+                thread.join(2 * self._seconds)
             self._close(thread, f"{type(error).__name__}: {error}"[:1000])
             raise
         else:
