@@ -188,3 +188,11 @@ def test_a_page_needs_its_libraries(opened, monkeypatch):
     told = tried("cli.demo: {uvicorn} is not installed: pip install 'vlm_jax[demo]'")
     with pytest.raises(ConfigError, match=told):
         demo.libraries()
+
+
+@pytest.mark.parametrize("word", ["1280", "0x3", "-1x3", "3x", "9999999x3", "axb"])
+def test_a_size_is_two_sides(word):
+    tokens, _ = command_of("tokens")
+    with pytest.raises(app.UsageError, match=f"--sizes: expected WIDTHxHEIGHT in pixels, .*, got '{word}'"):
+        tokens.parse_sizes(["32x16", word])
+    assert tokens.parse_sizes(["1280x720", " 4x8"]) == [(720, 1280), (8, 4)]

@@ -164,7 +164,7 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
         ({"kind": "resampller"}, ConfigError, "config.connector.inner.kind: no kind 'resampller'; .*'resampler'"),
         ({"kind": "mlp"}, ConfigError, "config.connector.inner.kind: no kind 'mlp'"),
         ({"output_grid": (1, 1)}, ConfigError, "config.connector.inner.output_grid: .* derived"),
-        ({"depth": 2}, ConfigError, "config.connector.inner.depth: unknown"),
+        ({"width": 2}, ConfigError, "config.connector.inner.width: unknown"),
         ({"kind": "perceiver", "depth": "2"}, ConfigError, "config.connector.inner.depth: expected int"),
     ],
 )

@@ -74,8 +74,8 @@ def test_a_hash_depends_on_released_configs_and_plugins(tmp_path, monkeypatch):
         importlib.invalidate_caches()
         hashes.append(plan_hash({}))
     assert len(set(hashes)) == 3 and hashes[3] == hashes[2]
-    released = pathlib.Path(str(vlm_jax.__file__)).parent / "pretrained" / "released" / "llava-hf--llava-1.5-7b-hf.json"
-    assert released in kept._files("vlm_jax").values()
+    released = pathlib.Path(str(vlm_jax.__file__)).parent / "pretrained" / "released" / "llava-hf--llava-1.5-7b-hf"
+    assert released / "preprocessor_config.json" in kept._files("vlm_jax").values()
 
 
 def test_an_unknown_key_is_named(config):

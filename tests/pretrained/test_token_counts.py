@@ -1,9 +1,7 @@
 """Visual tokens of images by system, against published numbers and the formulas of papers."""
 
 import pytest
-from absl import app
 
-from vlm_jax.cli.tokens import parse_sizes
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.known import known_configs
 from vlm_jax.pretrained.token_counts import SIZES, count_all, count_tokens, markdown
@@ -84,10 +82,3 @@ def test_what_has_no_images_in_conversations_is_named(tmp_path):
     (tmp_path / "whole").mkdir()
     vlm = releases.make("llava", tmp_path / "whole")
     assert count_tokens(str(tmp_path / "whole"), [(8, 8)]) == tuple(vlm.count_visual_tokens([(8, 8)]))
-
-
-@pytest.mark.parametrize("word", ["1280", "0x3", "-1x3", "3x", "9999999x3", "axb"])
-def test_a_size_is_two_sides(word):
-    with pytest.raises(app.UsageError, match=f"--sizes: expected WIDTHxHEIGHT in pixels, .*, got '{word}'"):
-        parse_sizes(["32x16", word])
-    assert parse_sizes(["1280x720", " 4x8"]) == [(720, 1280), (8, 4)]
