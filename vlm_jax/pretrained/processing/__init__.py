@@ -159,7 +159,7 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
 }
 # Of these, towers whose position table transformers interpolates for images of any size.
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
-# Systems in which the tokens of an image attend to each other in both directions; see `Processor.grouped`.
+# Included systems whose processor is `grouped`: the tokens of an image attend to each other in both directions.
 GROUPED = frozenset({"gemma3"})
 # With those that `register_family` of vlm_jax.pretrained adds.
 PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
@@ -199,8 +199,6 @@ def read_processor(
         registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
         raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
     processor = PROCESSORS[name](folder, config)
-    if name in GROUPED:
-        processor = dataclasses.replace(processor, grouped=True)
     if isinstance(model, VLM):
         check_conversations(processor, model)
         if model.decoder is not None:

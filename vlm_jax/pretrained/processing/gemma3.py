@@ -52,7 +52,7 @@ def processor(folder: Folder, config: Config) -> Processor:
         texts={"image": text},
         tiled=TiledText(text, "", "", CROPS_START, " "),
     )
-    return Processor(prompt, views(folder, config), tokenizer, pad_id(tokenizer, config))
+    return Processor(prompt, views(folder, config), tokenizer, pad_id(tokenizer, config), grouped=True)
 
 
 def views(folder: Folder, config: Config) -> SquareViews | CropViews:
