@@ -341,7 +341,7 @@ def test_rows_give_what_each_gives_alone(name, cell, released, reduced, guided_b
 
 
 def test_resized_grids_of_tokens_in_packed_rows(released):
-    """Two conversations in a row, of which the second has a resized grid, compared with a row of each."""
+    """Two conversations in a row, the second with a resized grid, equal a row of each."""
     model = released("llava_onevision")
     full = model.processor
     processor = dataclasses.replace(full, views=dataclasses.replace(full.views, max_tiles=1))

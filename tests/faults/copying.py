@@ -78,7 +78,7 @@ def main(folder: pathlib.Path, port: str, index: int) -> None:
     copies.close()
     copies = opened()
     differing.append(same(copies.restore(5, like), values))
-    # Other values than those of which the checksums are kept.
+    # Values that differ from the stored checksums.
     sums = local_copies.merged_checksums
     local_copies.merged_checksums = lambda leaves, mesh: sums(jax.tree.leaves(arrays), mesh)
     copies.save(7, state(mesh, 1)[1])

@@ -108,7 +108,7 @@ def group_of(sample: Sample) -> str:
 
 
 def num_turns(sample: Sample) -> int:
-    """Questions of a sample's conversation, of which the last is answered."""
+    """Questions of a sample's conversation; the last one is answered."""
     return sum(message["role"] == "user" for message in sample.messages)
 
 

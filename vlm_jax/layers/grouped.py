@@ -109,19 +109,24 @@ def _ragged_backward(
     block = jnp.minimum(first[group] + pair - before, len(x) // height - 1)
     low, high = (jnp.where(is_any, edge[group], 0) for edge in (starts, ends))
 
-    def add(total: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        group, start, low, high = one
+    begins = jnp.diff(group, prepend=-1) != 0
+
+    def add(held: tuple[jax.Array, jax.Array], one: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        of_kernels, total = held  # the sum of one group is float32, and rounded once
+        group, begins, start, low, high = one
         row = start + jnp.arange(height)
         own = (row >= low) & (row < high)
         rows, back = (
             jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(whole, start, height), 0) for whole in (x, gradient)
         )
         product = jnp.dot(rows.T, back, preferred_element_type=jnp.float32)
-        return total.at[group].add(product), None
+        total = jnp.where(begins, 0, total) + product
+        return (of_kernels.at[group].set(total.astype(kernels.dtype)), total), None
 
-    total = _varying_as(jnp.zeros(kernels.shape, jnp.float32), x, gradient, sizes)
-    total, _ = jax.lax.scan(add, total, (group, block * height, low, high))
-    return of_rows, total.astype(kernels.dtype), None
+    zeros = jnp.zeros(kernels.shape, kernels.dtype), jnp.zeros(kernels.shape[1:], jnp.float32)
+    of_kernels, total = (_varying_as(leaf, x, gradient, sizes) for leaf in zeros)
+    (of_kernels, _), _ = jax.lax.scan(add, (of_kernels, total), (group, begins, block * height, low, high))
+    return of_rows, of_kernels, None
 
 
 _ragged_dot.defvjp(lambda x, kernels, sizes: (_ragged_dot(x, kernels, sizes), (x, kernels, sizes)), _ragged_backward)
