@@ -23,7 +23,7 @@ from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
 from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
-from vlm_jax.sharding.rules import mesh_of, shardings
+from vlm_jax.sharding.rules import generation_mesh, mesh_of, shardings
 from vlm_jax.types import TEXT_SLOT, Batch, Fields, Grid, Params, RowShape, Tree
 
 
@@ -172,7 +172,7 @@ class System:
 
     def prepared(self, params: Params) -> Params:
         """Parameters in the layout for generation, for callers that generate more than once."""
-        return prepared(params, mesh_of(params))
+        return prepared(params, generation_mesh(params))
 
     def answer(
         self,
@@ -227,6 +227,7 @@ class System:
             max_new_tokens=max_new_tokens,
             names=names,
             sampling=self.sampling if sampling is None else sampling,
+            mesh=generation_mesh(params),
             **options,
         )
         for answer, entering in zip(answers, np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1), strict=True):
@@ -261,7 +262,7 @@ class System:
         given = {"continuations": continuations, **(processor_options or {})}
         batch = self.processor.batch(conversations, images, videos, **given)
         names = names or [f"conversation {number}" for number in range(len(conversations))]
-        return log_likelihoods(self.model, params, batch, names=names, **options)
+        return log_likelihoods(self.model, params, batch, names=names, mesh=generation_mesh(params), **options)
 
     def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids in the model's vocabulary; a folder may list others."""

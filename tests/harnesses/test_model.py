@@ -132,3 +132,16 @@ def test_an_answer_ends_before_a_stop_string(model):
     settings = model.answer_settings({"max_new_tokens": 6, "until": ["never said", letters[number]]})
     stopped = model.answers(requests(settings))[number]
     assert stopped.text == whole[number].text.partition(letters[number])[0] and stopped.new_tokens < 6
+
+
+def test_answers_and_likelihoods_on_several_devices_are_those_of_one(model, folder):
+    given = {"pretrained": str(folder), "token_budget": 4, "reducer": "visionzip", "batch_size": 8}
+    shared, both = HarnessModel({**given, "mesh": "tensor:2+data:4"}), []
+    for one in (model, shared):
+        asked_for = requests(one.answer_settings({"max_new_tokens": 4}))
+        both.append((one.answers(asked_for), one.log_likelihoods([(ask, " red") for ask, _ in asked_for])))
+    (answers, likelihoods), (answers_shared, likelihoods_shared) = both
+    assert answers_shared == answers and len({answer.text for answer in answers}) > 1
+    np.testing.assert_allclose(
+        [one.log_likelihood for one in likelihoods_shared], [one.log_likelihood for one in likelihoods], rtol=1e-5
+    )

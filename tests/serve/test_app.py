@@ -13,9 +13,11 @@ import pytest
 import safetensors.numpy
 
 import vlm_jax
+from vlm_jax.config import ConfigError
 from vlm_jax.generation import engine
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.serve.batcher import Batcher
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.system import System
 
 from ..advice import tried
@@ -341,3 +343,14 @@ def test_open_requests_are_told_that_the_server_ends(alphabet, gate, opened):
         stopping.join(60)
         assert not stopping.is_alive()
         assert sent(site, asked("a"))[0] == 503
+
+
+def test_on_several_devices_one_batch_is_generated_at_once(tmp_path):
+    write(tmp_path)
+    shared = vlm_jax.from_pretrained(tmp_path, mesh=make_mesh(MeshSettings(data=8)))
+    words = tried("expected 1 on the {} devices of --mesh, got {}; set --max_batch for more answers at once")
+    with pytest.raises(ConfigError, match=words), serving(shared, num_batches=2):
+        pass
+    with serving(shared, max_batch=8, max_new_tokens=40) as site:
+        answers = site.client.chat.completions.create(model=NAME, messages=CHAT, n=3)
+    assert [choice.message.content for choice in answers.choices] == [LETTERS[2:]] * 3

@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.topology import open_topology
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh, parse_generation_mesh
 
 from ..advice import tried
 
@@ -77,3 +77,41 @@ def test_a_part_of_the_devices():
 def test_sizes_that_do_not_fit_are_named(sizes, message):
     with pytest.raises(ConfigError, match=f"config.mesh(.fsdp)?: .*{message}"):
         make_mesh(MeshSettings(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tensor:4", (2, 1, 4, 1, 1)),
+        ("tensor:2,data:4", (4, 1, 2, 1, 1)),
+        ("tensor:2+fsdp:4", (1, 4, 2, 1, 1)),
+        ("fsdp:-1", (1, 8, 1, 1, 1)),
+        ("expert:2, tensor:-1", (1, 1, 4, 1, 2)),
+    ],
+)
+def test_a_mesh_in_words(text, expected):
+    assert parse_generation_mesh(text, "--mesh").devices.shape == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor=4", "expected axes with their devices, once each, as tensor:4,data:2, got 'tensor=4'"),
+        ("", "expected axes with their devices"),
+        ("tensor:2,tensor:4", "once each"),
+        ("tensor:two", "expected axes with their devices"),
+        ("tensr:2", "did you mean 'tensor'?"),
+        ("tensor:3", "is not the number of devices, 8"),
+        ("tensor:0", "expected at least 1, or -1, got 0"),
+    ],
+)
+def test_words_that_name_no_mesh(text, message):
+    with pytest.raises(ConfigError, match="--mesh") as error:
+        parse_generation_mesh(text, "--mesh")
+    assert message in str(error.value)
+
+
+def test_generation_does_not_shard_the_sequence():
+    with pytest.raises(ConfigError, match=tried("leave {context} out, got '{}'")):
+        parse_generation_mesh("context:2,tensor:4", "--mesh")
+    assert parse_generation_mesh("tensor:4", "--mesh").shape["context"] == 1

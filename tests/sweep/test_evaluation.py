@@ -76,6 +76,13 @@ def test_answers_are_those_of_the_release_to_each_question_alone(released, finis
     assert result["accuracy"] == {"vqa": {"mean": sum(right) / 5, "low": low, "high": high, "n": 5}}
 
 
+def test_answers_on_several_devices_are_those_of_one(evaluation, finished, tmp_path):
+    assert evaluation(tmp_path / "work", mesh="tensor:2,fsdp:2", batch_size=3).run() == {}
+    for label in ("none@released", "fastv@4"):
+        assert answers_of(tmp_path / "work", label) == answers_of(finished[0], label)
+    assert "--mesh=tensor:2,fsdp:2" in lines(tmp_path / "work" / "results.jsonl")[0]["command"].split()
+
+
 def test_answers_behind_a_drop_are_those_of_prompts_without_padding(released, finished):
     model = vlm_jax.from_pretrained(released[0], token_budget=4, reducer="fastv")
     images = [released[1].parent / "0.png"]

@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags
 
 import vlm_jax
-from vlm_jax.cli import numbers
+from vlm_jax.cli import mesh, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.config import ConfigError
 from vlm_jax.demo.trial import Trial
@@ -25,6 +25,7 @@ RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisati
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0 for all, without a password.")
 PORT = numbers.define("port", Natural, 7860, "The port to listen on; 0 for a free one, which is printed.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+MESH = mesh.define()
 CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "Dtype of the cache; --dtype if unset.")
 ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --release; merged.")
 TOKEN_BUDGET = numbers.define(
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
             request_seconds=ANSWER_SECONDS.value,
             max_budgets=MAX_BUDGETS.value,
         )
-        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, adapter=ADAPTER.value)
+        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, mesh=mesh.chosen(MESH.value), adapter=ADAPTER.value)
         trial = Trial(os.path.basename(absolute(release)), model, settings, cache_dtype=CACHE_DTYPE.value)
         made = pages.make_app(trial, token_budget=TOKEN_BUDGET.value, reducer=REDUCER.value)
         logging.getLogger("vlm_jax").info("the page's reducers: %s", ", ".join(trial.choices.reducers))

@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 from absl import app, flags
 
-from vlm_jax.cli import executors, numbers
+from vlm_jax.cli import executors, mesh, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
@@ -34,6 +34,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results, local
 BATCH_SIZE = numbers.define("batch_size", Size, 8, "Prompts per batch.")
 MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 32, "Maximum tokens of an answer.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+MESH = mesh.define()
 NUM_SAMPLES = numbers.define(
     "num_samples", Count, None, "Number of records to evaluate, sampled by --seed; all if unset."
 )
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
                 batch_size=BATCH_SIZE.value,
                 max_new_tokens=MAX_NEW_TOKENS.value,
                 dtype=DTYPE.value,
+                mesh=MESH.value,
                 num_samples=NUM_SAMPLES.value,
                 seed=SEED.value,
                 tasks=tuple(TASKS.value),

@@ -12,7 +12,7 @@ from absl import app, flags
 from etils import epath
 
 import vlm_jax
-from vlm_jax.cli import numbers
+from vlm_jax.cli import mesh, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
@@ -67,6 +67,7 @@ SEED = numbers.define("seed", Seed, 0, "Random seed.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
 STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "The name of a token that ends the answer; repeatable.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+MESH = mesh.define()
 CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "Dtype of the cache; --dtype if unset.")
 CACHE_LENGTH = numbers.define("cache_length", Count, None, "Slots of the cache; as many as needed if unset.")
 CHUNK = numbers.define("chunk", Count, 16, "Maximum tokens between two pieces of text.")
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
         model = vlm_jax.from_pretrained(
             str(CHECKPOINT.value),
             dtype=DTYPE.value,
+            mesh=mesh.chosen(MESH.value),
             token_budget=TOKEN_BUDGET.value,
             reducer=REDUCER.value,
             connector=CONNECTOR.value,

@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags
 
 import vlm_jax
-from vlm_jax.cli import numbers
+from vlm_jax.cli import mesh, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.config import ConfigError
 from vlm_jax.generation.engine import CACHE_DTYPES
@@ -25,6 +25,7 @@ NAME = flags.DEFINE_string("name", None, "The model's name in requests; --releas
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0 for all, without a password.")
 PORT = numbers.define("port", Natural, 8000, "The port to listen on; 0 for a free one, which is printed.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+MESH = mesh.define()
 CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "Dtype of the cache; --dtype if unset.")
 ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --release; merged.")
 TOKEN_BUDGET = numbers.define(
@@ -40,7 +41,9 @@ MAX_BUDGETS = numbers.define("max_budgets", Count, 8, "Different pairs of token_
 MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 512, "Tokens of an answer, for requests without max_tokens.")
 MAX_LENGTH = numbers.define("max_length", Size, 16384, "Maximum tokens of a prompt with its answer, images included.")
 MAX_BATCH = numbers.define("max_batch", Size, 8, "Maximum answers that are generated together.")
-NUM_BATCHES = numbers.define("num_batches", Count, 2, "Batches that are generated at once.")
+NUM_BATCHES = numbers.define(
+    "num_batches", Count, None, "Batches that are generated at once; 2 if unset, with --mesh 1, and no more."
+)
 BATCH_WAIT = numbers.define("batch_wait", NonNegative, 0.01, "Seconds that a request waits for others in its batch.")
 CHUNK = numbers.define("chunk", Count, 8, "Maximum tokens between two pieces of a stream, and until a request leaves.")
 MAX_REQUESTS = numbers.define("max_requests", Count, 128, "Maximum open requests; others get status 429.")
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> None:
             request_seconds=REQUEST_SECONDS.value,
             max_budgets=MAX_BUDGETS.value,
         )
-        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, adapter=ADAPTER.value)
+        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, mesh=mesh.chosen(MESH.value), adapter=ADAPTER.value)
         service = Service(NAME.value or named(release), model, settings, cache_dtype=CACHE_DTYPE.value)
         logging.getLogger("vlm_jax").info("the model's name is '%s'", service.name)
         config = uvicorn.Config(

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.evals.vqa import KEYS, generation_mesh
-from vlm_jax.generation.engine import prepared
+from vlm_jax.evals.vqa import KEYS
 from vlm_jax.types import Params, Sample
 
 REPEATS = 3
@@ -35,8 +34,7 @@ def generation_seconds(
     examples = [experiment.example(sample, targets=False) for sample in few]
     filled = list(itertools.islice(itertools.cycle(examples), size))
     prompts = system.processor.rows([[example] for example in filled], shape, targets=False, keys=KEYS)
-    mesh = generation_mesh(params)
-    params = prepared(params, mesh)
+    params = system.prepared(params)
     length, most = prompts.tokens.shape[1], settings.max_new_tokens
 
     def measured(num_tokens: int) -> tuple[float, int]:
@@ -51,7 +49,6 @@ def generation_seconds(
                 names=[example.name for example in filled],
                 buckets=(length,),
                 cache_length=length + most - 1,  # one program of the prompt for both
-                mesh=mesh,
             )
             taken.append(time.perf_counter() - since)
             longest = max(len(answer.tokens) for answer in answers)

@@ -7,19 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.evals.metrics import Metric, Response, chosen_metrics, metric_of
-from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.text import Completion
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.sharding.mesh import CONTEXT
-from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Params, Sample
 
 # What bounds a prompt.
@@ -112,12 +108,6 @@ def num_turns(sample: Sample) -> int:
     return sum(message["role"] == "user" for message in sample.messages)
 
 
-def generation_mesh(params: Params) -> Mesh | None:
-    """The mesh of parameters, where they generate on it: not where it shards the sequence."""
-    mesh = mesh_of(params)
-    return None if mesh is None or mesh.shape[CONTEXT] > 1 else mesh
-
-
 def answers(
     experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> Iterator[Answer]:
@@ -130,11 +120,11 @@ def answers(
         longer than `max_new_tokens`.
       ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
-    mesh, chosen = generation_mesh(params), chosen_metrics(settings.metrics, METRICS_KEY)
-    params = prepared(params, mesh)  # once for all batches
+    chosen = chosen_metrics(settings.metrics, METRICS_KEY)
+    params = experiment.system.prepared(params)  # once for all batches
     size, samples = settings.batch_size, iter(samples)
     while group := list(itertools.islice(samples, size)):
-        yield from _answered(experiment, params, group, settings, chosen, mesh)
+        yield from _answered(experiment, params, group, settings, chosen)
 
 
 def _answered(
@@ -143,7 +133,6 @@ def _answered(
     group: Sequence[Sample],
     settings: EvaluationSettings,
     chosen: Mapping[str, str],
-    mesh: Mesh | None,
 ) -> Iterator[Answer]:
     """Answers to at most `batch_size` samples."""
     system, shape = experiment.system, experiment.prompt
@@ -158,7 +147,6 @@ def _answered(
         max_new_tokens=settings.max_new_tokens,
         names=[f"sample '{example.name}'" for example in padded],
         buckets=None if shape is None else (shape.length,),
-        mesh=mesh,
     )
     places = np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1).tolist()
     for sample, example, completion, shown in zip(group, examples, completed, places, strict=False):

@@ -13,6 +13,7 @@ from vlm_jax.generation.text import RowSettings
 from vlm_jax.pretrained import from_pretrained
 from vlm_jax.processors.conversation import Conversation
 from vlm_jax.ranges import Seed, Side, Size
+from vlm_jax.sharding.mesh import parse_generation_mesh
 from vlm_jax.types import Config, Fields
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ModelSettings:
       pretrained: a released folder, or another source of `vlm_jax.from_pretrained`.
       token_budget, reducer: visual tokens of an image, as `vlm_jax.from_pretrained` takes them.
       adapter, image_size, dtype: likewise.
+      mesh: devices along the axes of a mesh, such as `tensor:4+data:2`; one device when None.
       batch_size: requests that are answered together.
       max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
       max_new_tokens: maximum tokens of an answer, of requests that do not say it.
@@ -62,6 +64,7 @@ class ModelSettings:
     adapter: str | None = None
     image_size: Side | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: str | None = None
     batch_size: Size = 1
     max_visual_tokens: Size | None = None
     max_new_tokens: Size = 1024
@@ -127,6 +130,7 @@ class HarnessModel:
         model = from_pretrained(
             settings.pretrained,
             dtype=settings.dtype,
+            mesh=None if settings.mesh is None else parse_generation_mesh(settings.mesh, "model_args.mesh"),
             image_size=settings.image_size,
             token_budget=settings.token_budget,
             reducer=settings.reducer,

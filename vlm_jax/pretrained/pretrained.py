@@ -247,7 +247,6 @@ class Pretrained:
             processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
             stop=stop,
             sampling=sampling,
-            mesh=mesh_of(self.params),
             **options,
         )
         return answer
@@ -280,7 +279,6 @@ class Pretrained:
             [images] * count,
             [videos] * count,
             processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
-            mesh=mesh_of(self.params),
         )
 
     def boxes(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[NamedBox]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.config import check_fields
+from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.layout import SequenceTooLong
@@ -15,6 +15,7 @@ from vlm_jax.serve.batcher import Batcher, Event, Job
 from vlm_jax.serve.errors import OF_REQUEST, RequestError, of_request
 from vlm_jax.serve.media import with_bytes
 from vlm_jax.serve.request import ChatRequest, read_request
+from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.sources import WebAccess
 from vlm_jax.system import System
 
@@ -30,7 +31,7 @@ class ServeSettings:
       max_new_tokens: tokens of an answer of a request without `max_tokens`.
       max_length: maximum tokens of a prompt with its answer, visual tokens included.
       max_batch: maximum answers that are generated together.
-      num_batches: number of batches that are generated at once.
+      num_batches: number of batches that are generated at once; 1 on several devices, else 2, when None.
       batch_wait: seconds that a request waits for others in its batch.
       chunk: maximum tokens between two pieces of a streamed answer; a cancelled request leaves after at most as many.
       max_requests: maximum open requests.
@@ -51,7 +52,7 @@ class ServeSettings:
     max_new_tokens: Size = 512
     max_length: Size = 16384
     max_batch: Size = 8
-    num_batches: Count = 2
+    num_batches: Count | None = None
     batch_wait: NonNegative = 0.01
     chunk: Count = 8
     max_requests: Count = 128
@@ -86,9 +87,18 @@ class Service:
 
         Raises:
           UnsupportedError, ChatTemplateError, TokenizerError: the release has no conversations, or lacks a file.
-          InfeasibleBudget, ConfigError: the budget of the settings does not suit the model.
+          InfeasibleBudget, ConfigError: the budget of the settings does not suit the model; or several batches at once
+            on several devices, which would run their programs in different orders and wait for one another.
         """
         self.name, self.settings = name, settings
+        mesh = mesh_of(model.params)
+        several = mesh is not None and mesh.size > 1
+        if several and (settings.num_batches or 1) > 1:
+            raise ConfigError(
+                f"--num_batches: expected 1 on the {mesh.size} devices of --mesh, got {settings.num_batches}; set "
+                "--max_batch for more answers at once"
+            )
+        self._num_batches = settings.num_batches or (1 if several else 2)
         self._model, self._cache_dtype = model, cache_dtype
         self._systems: dict[tuple[int | None, str | None], System] = {}
         self._lock = threading.Lock()
@@ -103,7 +113,7 @@ class Service:
             max_rows=settings.max_batch,
             wait_seconds=settings.batch_wait,
             chunk=settings.chunk,
-            num_batches=settings.num_batches,
+            num_batches=self._num_batches,
             cache_dtype=self._cache_dtype,
         )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.config import ConfigError, check_fields, parse
 from vlm_jax.ranges import INT32, Range
 
 DATA, FSDP, TENSOR, CONTEXT, EXPERT = "data", "fsdp", "tensor", "context", "expert"
@@ -38,12 +39,13 @@ class MeshSettings:
         check_fields(self, "config.mesh.")
 
 
-def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None, *, path: str = "config.mesh") -> Mesh:
     """Creates the mesh.
 
     Args:
       settings: the size of every axis.
       devices: devices of the mesh; all of the process group when None.
+      path: of the settings, for errors.
 
     Raises:
       ConfigError: more than one -1, a product that is not the number of devices, or copies of the model that do not
@@ -54,11 +56,11 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
-        raise ConfigError(f"config.mesh: expected at most one -1, got {sizes}")
+        raise ConfigError(f"{path}: expected at most one -1, got {sizes}")
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"config.mesh: the product of {sizes} is not the number of devices, {len(devices)}")
+        raise ConfigError(f"{path}: the product of {sizes} is not the number of devices, {len(devices)}")
     # An axis may be a part of a torus dimension, such as 2 of 4 chips in a row; jax.make_mesh refuses it on most TPUs.
     given = {"devices": devices, "allow_split_physical_axes": True}
     count = len({getattr(device, "slice_index", 0) for device in devices})
@@ -66,7 +68,7 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
         placed = mesh_utils.create_device_mesh(tuple(sizes.values()), **given)
     elif sizes["data"] % count:
         raise ConfigError(
-            f"config.mesh.data: between {count} slices only copies of the model fit, got {sizes['data']}; set it to "
+            f"{path}.data: between {count} slices only copies of the model fit, got {sizes['data']}; set it to "
             f"{count}, or to a multiple of it"
         )
     else:
@@ -74,3 +76,28 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
         over = tuple(count if axis == "data" else 1 for axis in sizes)
         placed = mesh_utils.create_hybrid_device_mesh(tuple(inner.values()), over, **given)
     return Mesh(placed, tuple(sizes), (AxisType.Auto,) * len(sizes))
+
+
+def parse_generation_mesh(text: str, path: str) -> Mesh:
+    """The mesh that a command, or an argument of a harness, names for answering with one model.
+
+    Args:
+      text: axes with their devices, such as `tensor:4,data:2`; `+` separates as `,` does, for a harness whose arguments
+        commas separate. `data` takes the devices that no other axis does.
+      path: where the text is from, for errors.
+
+    Raises:
+      ConfigError: text of another form, an axis that does not exist or that generation does not shard, or as of
+        `make_mesh`.
+    """
+    sizes: dict[str, int] = {}
+    for word in text.replace("+", ",").split(","):
+        name, _, size = word.strip().partition(":")
+        if not re.fullmatch(r"-?\d+", size) or name in sizes:
+            raise ConfigError(f"{path}: expected axes with their devices, once each, as tensor:4,data:2, got '{text}'")
+        sizes[name] = int(size)
+    if sizes.get(CONTEXT, 1) != 1:
+        raise ConfigError(f"{path}: generation does not shard the sequence; leave {CONTEXT} out, got '{text}'")
+    if -1 in sizes.values():
+        sizes.setdefault(DATA, 1)
+    return make_mesh(parse(MeshSettings, sizes, path), path=path)

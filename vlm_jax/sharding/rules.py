@@ -116,6 +116,12 @@ def mesh_of(params: Params) -> Mesh | None:
     return None
 
 
+def generation_mesh(params: Params) -> Mesh | None:
+    """The mesh of parameters, where they generate on it: not where it shards the sequence."""
+    mesh = mesh_of(params)
+    return None if mesh is None or mesh.shape[CONTEXT] > 1 else mesh
+
+
 def replicated(function: Callable[..., Tree], mesh: Mesh | None) -> Callable[..., Tree]:
     """Compiles a function whose result every process holds whole.
 

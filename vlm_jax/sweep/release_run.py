@@ -25,6 +25,7 @@ from vlm_jax.pretrained.loader import open_system
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.reducer import WhichQuestion
+from vlm_jax.sharding.mesh import parse_generation_mesh
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.executor import Report, exclusive
 from vlm_jax.sweep.point_run import ANSWERS_FILE
@@ -52,6 +53,7 @@ class ReleaseEvaluation:
       batch_size: prompts per batch.
       max_new_tokens: maximum tokens of an answer, including its end token.
       dtype: dtype of parameters and computation.
+      mesh: devices along the axes of a mesh, see `sharding.mesh.parse_generation_mesh`; one device when None.
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
       tasks: allowed values of a record's `task`; the first is the default.
@@ -71,6 +73,7 @@ class ReleaseEvaluation:
     batch_size: Size = 8
     max_new_tokens: Size = 32
     dtype: str = "float32"
+    mesh: str | None = None
     num_samples: Count | None = None
     seed: Seed = 0
     tasks: tuple[str, ...] = ("vqa",)
@@ -114,7 +117,7 @@ class ReleaseEvaluation:
         """The settings that answers and their scores depend on; `metrics` and `guidance` only where they are set."""
         settings = dataclasses.asdict(self)
         unset = [name for name in ("metrics", "text_model", "question") if not settings[name]]
-        for name in ("parquet", "compare", *unset):
+        for name in ("mesh", "parquet", "compare", *unset):
             del settings[name]
         return settings
 
@@ -124,6 +127,7 @@ class ReleaseEvaluation:
             "reducers": (point.reducer,),
             "budgets": () if point.token_budget is None else (point.token_budget,),
             "workdir": f"{workdir}/{point.label}",
+            "mesh": self.mesh,
         }
         if not is_guided(point.reducer):
             given = {name: value for name, value in given.items() if name not in self.guidance}
@@ -152,6 +156,7 @@ class ReleaseRunner:
 
     def __init__(self, settings: ReleaseEvaluation, workdir: epath.PathLike):
         self._settings, self._workdir = settings, epath.Path(workdir)
+        self._mesh = None if settings.mesh is None else parse_generation_mesh(settings.mesh, "--mesh")
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         asked = settings.reducers, settings.budgets, settings.guidance
         self.points, self.refused = list_release_points(self._system, *asked)
@@ -183,7 +188,7 @@ class ReleaseRunner:
     @functools.cached_property
     def params(self) -> Any:
         """Parameters of the release, for all points; kept in memory."""
-        return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
+        return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed), self._mesh))
 
     def params_of(self, system: System) -> Any:
         """Parameters of a point: the release's, and those that its reducer reads of another checkpoint, also kept."""
