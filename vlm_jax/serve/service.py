@@ -92,13 +92,13 @@ class Service:
         """
         self.name, self.settings = name, settings
         mesh = mesh_of(model.params)
-        several = mesh is not None and mesh.size > 1
-        if several and (settings.num_batches or 1) > 1:
+        devices = 1 if mesh is None else mesh.size
+        if devices > 1 and (settings.num_batches or 1) > 1:
             raise ConfigError(
-                f"--num_batches: expected 1 on the {mesh.size} devices of --mesh, got {settings.num_batches}; set "
+                f"--num_batches: expected 1 on the {devices} devices of --mesh, got {settings.num_batches}; set "
                 "--max_batch for more answers at once"
             )
-        self._num_batches = settings.num_batches or (1 if several else 2)
+        self._num_batches = settings.num_batches or (1 if devices > 1 else 2)
         self._model, self._cache_dtype = model, cache_dtype
         self._systems: dict[tuple[int | None, str | None], System] = {}
         self._lock = threading.Lock()
