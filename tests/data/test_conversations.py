@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_jax.config import ConfigError, parse
 from vlm_jax.data import SOURCES
@@ -13,6 +14,8 @@ from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.record_files import Rules, open_records
 from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.processors.video import RateSampler
+from vlm_jax.sweep.questions import Questions
 from vlm_jax.types import VideoSize, images_of, text_of
 
 
@@ -161,6 +164,36 @@ def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_p
     assert all(images_of(sample.messages[0]) == [{"type": "image"}] * 2 for sample in asked)
     (record,) = open_records(str(tmp_path / "test.jsonl"), Rules(("chat", "yes_no"), 2), "train_path")
     assert [text_of(message) for message in record.messages] == ["x", "1", "y", "2"]
+
+
+def test_every_question_of_a_conversation_can_be_asked_with_what_is_before_it(tmp_path):
+    source = opened(tmp_path, num_images=None)
+    turns = [("system", "be brief"), ("human", "<image>\nx"), ("gpt", "1"), ("human", "y"), ("gpt", "2")]
+    turns += [("human", "<image>\nz"), ("gpt", "3")]
+    line = {
+        "id": "c",
+        "image": ["images/test3", "images/test4"],
+        "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+        "references": ["3", "three"],
+    }
+    single = {"id": "d", "image": "images/test5", "conversations": line["conversations"][1:3]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(single))
+    asked = dataclasses.replace(source.settings, evaluation_turns="all").open(TOOLS)
+    samples = list(asked.evaluation(seed=0))
+    assert [sample.sample_id.split(":")[1] for sample in samples] == ["c#1", "c#2", "c#3", "d"]
+    assert [(sample.question, sample.answer) for sample in samples] == [("x", "1"), ("y", "2"), ("z", "3"), ("x", "1")]
+    assert [len(sample.messages) for sample in samples] == [3, 5, 7, 2]
+    assert [[int(image.max()) for image in sample.images] for sample in samples] == [[3], [3], [3, 4], [5]]
+    assert [sample.references for sample in samples] == [(), (), ("3", "three"), ()]
+    named = [(sample.sample_id, sample.answer) for sample in samples]
+    assert list(asked.references(seed=0)) == named
+    last = list(dataclasses.replace(source.settings).open(TOOLS).evaluation(seed=0))
+    assert [(sample.sample_id.split(":")[1], sample.answer) for sample in last] == [("c", "3"), ("d", "1")]
+    for number in (3, 4, 5):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "images" / f"test{number}", "PNG")
+    questions = Questions(str(tmp_path / "test.jsonl"), 3, RateSampler(), turns="all")
+    assert list(questions.references()) == named and len(questions) == 4
+    assert [next(questions.start_at(number)).answer for number in range(4)] == ["1", "2", "3", "1"]
 
 
 def test_the_last_answer_of_a_conversation_is_the_reference_and_the_rest_its_prompt(tmp_path):

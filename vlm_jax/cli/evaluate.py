@@ -11,6 +11,7 @@ from absl import app, flags
 
 from vlm_jax.cli import executors, mesh, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
+from vlm_jax.data.conversations import Turns
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.reducers.reducer import WhichQuestion
@@ -23,9 +24,7 @@ RELEASE = flags.DEFINE_string(
     None,
     "A released folder, organisation/name on the Hugging Face hub, or the workdir of a run that started from one.",
 )
-DATA = flags.DEFINE_string(
-    "data", None, "A file of conversations: LLaVA's JSON, JSONL, parquet, …; its last answers are asked."
-)
+DATA = flags.DEFINE_string("data", None, "A file of conversations: LLaVA's JSON, JSONL, parquet, …; see --turns.")
 REDUCERS = flags.DEFINE_list(
     "reducers", ["none"], "Training-free token reducers; none is the release unchanged, and bounded by each budget."
 )
@@ -39,6 +38,12 @@ NUM_SAMPLES = numbers.define(
     "num_samples", Count, None, "Number of records to evaluate, sampled by --seed; all if unset."
 )
 SEED = numbers.define("seed", Seed, 0, "Seed for sampling records.")
+TURNS = flags.DEFINE_enum(
+    "turns",
+    "last",
+    get_args(Turns),
+    "Which questions of a conversation are asked, each after the record's own answers to those before it.",
+)
 TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
 METRICS = flags.DEFINE_list("metrics", [], "Metrics of tasks, as task=metric; by the task's name if unset.")
 PARQUET = flags.DEFINE_bool("parquet", False, "Also writes the answers of each point as answers.parquet.")
@@ -81,6 +86,7 @@ def main(argv: list[str]) -> None:
                 mesh=MESH.value,
                 num_samples=NUM_SAMPLES.value,
                 seed=SEED.value,
+                turns=cast(Turns, TURNS.value),
                 tasks=tuple(TASKS.value),
                 metrics=tuple(METRICS.value),
                 parquet=PARQUET.value,

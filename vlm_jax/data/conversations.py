@@ -26,12 +26,13 @@ from vlm_jax.data.source import Elements, SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural, Positive
-from vlm_jax.types import Fields, Message, Sample, SampleSizes, VideoSize, images_of, text_of
+from vlm_jax.types import Fields, Sample, SampleSizes, VideoSize, images_of, text_of
 
 Found = TypeVar("Found")
 
 # One file has them all: a caption is the last answer of a record with one picture, a preference is one of two answers.
 STREAMS = ("questions", "captions", "preferences")
+Turns = Literal["last", "all"]
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +64,7 @@ class Conversations:
       train_path: file to train on, or a pattern with `*`, local or `gs://`; None where nothing trains, or `mixture`
         names the files.
       evaluation_path: file of the evaluation; not a training file. The last answer of a record is the reference, what
-        is before it the prompt. None with `held_out`.
+        is before it the prompt; see `evaluation_turns`. None with `held_out`.
       held_out: records of `train_path` that are the evaluation, and are not trained on: always the same ones, evenly
         spread.
       mixture: files to train on by name, with weights, instead of `train_path`.
@@ -75,6 +76,8 @@ class Conversations:
         each with a warning. Each input worker counts separately.
       max_pixels: height * width above which an image counts as corrupt.
       evaluation_size: records to evaluate, sampled by the seed; None for all.
+      evaluation_turns: which questions of a conversation are asked, `last` or `all`, each after the record's answers to
+        those before it.
       max_checked: records of a file that are checked when it is opened, evenly spread over it; the others when they are
         read.
     """
@@ -91,6 +94,7 @@ class Conversations:
     max_corrupt: Natural = 0
     max_pixels: Count = 100_000_000
     evaluation_size: Count | None = None
+    evaluation_turns: Turns = "last"
     max_checked: Count = 200_000
 
     streams = STREAMS
@@ -362,7 +366,9 @@ class ConversationSource:
         """
         _check_stream(stream)
         count, size = len(self.evaluation_records), self.settings.evaluation_size
-        return EvaluationSamples(self.evaluation_records, random_indices(count, size, seed))
+        return EvaluationSamples(
+            self.evaluation_records, random_indices(count, size, seed), self.settings.evaluation_turns
+        )
 
     def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
         """As `Source.references`."""
@@ -380,16 +386,18 @@ def random_indices(count: int, size: int | None, seed: int) -> Sequence[int]:
 class EvaluationSamples:
     """Samples to answer, read as they are iterated, any number of times.
 
-    A conversation is one sample: its last answer is the reference. Of independent questions each is a sample of its
-    own, named `id#turn`.
+    The answer is the reference, and what is before it the prompt. Of independent questions, and of a conversation by
+    `turns`, each is a sample of its own, named `id#turn`, with the pictures and videos that it shows.
 
     Attributes:
       records: the records of the file.
       indices: the records to read, in order.
+      turns: which questions of a conversation are samples; all of independent ones are.
     """
 
     records: Records
     indices: Sequence[int]
+    turns: Turns = "last"
 
     def __iter__(self) -> Iterator[Sample]:
         for index in self.indices:
@@ -397,36 +405,57 @@ class EvaluationSamples:
             if sample is None:
                 continue
             record = self.records.records[index]
-            count = num_questions(record)
-            if count == 1:
+            numbers = answers_of(record, self.turns)
+            if len(numbers) == 1:
                 yield sample
                 continue
-            shown = images_of(sample.messages[0])
-            for number in range(count):
-                question, answer = sample.messages[2 * number : 2 * number + 2]
-                messages = (question if not number else _with(question, shown), answer)
-                references = record.references[number] if record.references else ()
-                name = f"{sample.sample_id}#{number + 1}"
-                yield dataclasses.replace(sample, sample_id=name, messages=messages, references=references)
+            for turn, number in enumerate(numbers):
+                name = f"{sample.sample_id}#{turn + 1}"
+                yield dataclasses.replace(
+                    sample, sample_id=name, **(_alone if record.independent else _up_to)(record, sample, number)
+                )
 
     def references(self) -> Iterator[tuple[str, str]]:
         """Names of the samples and their reference answers, without reading an image."""
         for record in (self.records.records[index] for index in self.indices):
-            name, count = self.records.name(record), num_questions(record)
-            if count == 1:
-                yield name, text_of(record.messages[-1])
-            else:
-                for number in range(count):
-                    yield f"{name}#{number + 1}", text_of(record.messages[2 * number + 1])
+            name, numbers = self.records.name(record), answers_of(record, self.turns)
+            for turn, number in enumerate(numbers):
+                named = name if len(numbers) == 1 else f"{name}#{turn + 1}"
+                yield named, text_of(record.messages[number])
 
 
-def num_questions(record: Record) -> int:
-    """Samples of the evaluation that a record gives."""
-    return len(record.messages) // 2 if record.independent else 1
+def answers_of(record: Record, turns: Turns) -> Sequence[int]:
+    """Numbers of the messages that are the references of samples of the evaluation, in order."""
+    if record.independent:
+        return range(1, len(record.messages), 2)
+    last = len(record.messages) - 1
+    if turns == "last":
+        return (last,)
+    roles = [message["role"] for message in record.messages]
+    return [number for number in range(1, last + 1) if roles[number - 1 : number + 1] == ["user", "assistant"]]
 
 
-def _with(question: Message, shown: list[Message]) -> Message:
-    return {**question, "content": [*shown, *question["content"]]}
+def _alone(record: Record, sample: Sample, number: int) -> Fields:
+    """What of a sample is an independent question, behind the pictures of the first one, and its answer."""
+    question, answer = sample.messages[number - 1 : number + 1]
+    if number > 1:
+        question = {**question, "content": [*images_of(sample.messages[0]), *question["content"]]}
+    references = record.references[number // 2] if record.references else ()
+    return {"messages": (question, answer), "references": references}
+
+
+def _up_to(record: Record, sample: Sample, number: int) -> Fields:
+    """What of a sample is a conversation up to an answer."""
+    messages = sample.messages[: number + 1]
+    items = [
+        item["type"] for message in messages if not isinstance(message["content"], str) for item in message["content"]
+    ]
+    return {
+        "messages": messages,
+        "images": sample.images[: items.count("image")],
+        "videos": sample.videos[: items.count("video")],
+        "references": sample.references if number == len(sample.messages) - 1 else (),
+    }
 
 
 def _check_stream(stream: str) -> None:

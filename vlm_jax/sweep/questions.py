@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, num_questions, random_indices
+from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, Turns, answers_of, random_indices
 from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import files_of
 from vlm_jax.processors.boxes import format_box
@@ -28,6 +28,7 @@ class Questions:
       tasks: names that a record's `task` may have; the first is the default.
       num_samples: records that are drawn; None for all.
       seed: of that draw.
+      turns: as `config.data.evaluation_turns` of conversations.
 
     Raises:
       ConfigError, MalformedRecords: as of `data.record_files.RecordFile`.
@@ -43,6 +44,7 @@ class Questions:
         tasks: tuple[str, ...] = ("vqa",),
         num_samples: int | None = None,
         seed: int = 0,
+        turns: Turns = "last",
     ):
         if not files_of(path) or not epath.Path(files_of(path)[0]).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
@@ -51,7 +53,8 @@ class Questions:
         tools = Tools(format_box, open_image, image_size, lambda image: image, measured, placeholders)
         self._records = Records(path, files, tools, key="evaluation_path")
         self._indices = random_indices(len(self._records), num_samples, seed)
-        counts = (num_questions(self._records.records[index]) for index in self._indices)
+        self._turns: Turns = turns
+        counts = (len(answers_of(self._records.records[index], turns)) for index in self._indices)
         self._ends = np.cumsum(np.fromiter(counts, np.int64))
 
     def __len__(self) -> int:
@@ -62,8 +65,9 @@ class Questions:
         """Samples from number `start` on, in the order of the file; no picture of an earlier record is read."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         before = int(self._ends[first - 1]) if first else 0
-        return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
+        samples = EvaluationSamples(self._records, self._indices[first:], self._turns)
+        return itertools.islice(iter(samples), start - before, None)
 
     def references(self) -> Iterator[tuple[str, str]]:
         """Names of the questions and their reference answers, without reading an image."""
-        return EvaluationSamples(self._records, self._indices).references()
+        return EvaluationSamples(self._records, self._indices, self._turns).references()

@@ -14,6 +14,7 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.data.conversations import Turns
 from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.predictions import check_parquet
 from vlm_jax.evals.scores import Scores
@@ -56,6 +57,8 @@ class ReleaseEvaluation:
       mesh: devices along the axes of a mesh, see `sharding.mesh.parse_generation_mesh`; one device when None.
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
+      turns: which questions of a conversation are asked, `last` or `all`, each after the record's own answers to those
+        before it.
       tasks: allowed values of a record's `task`; the first is the default.
       metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
       parquet: whether the answers of a point are also written as `answers.parquet`.
@@ -76,6 +79,7 @@ class ReleaseEvaluation:
     mesh: str | None = None
     num_samples: Count | None = None
     seed: Seed = 0
+    turns: Turns = "last"
     tasks: tuple[str, ...] = ("vqa",)
     metrics: tuple[str, ...] = ()
     parquet: bool = False
@@ -114,9 +118,10 @@ class ReleaseEvaluation:
 
     @property
     def of_answers(self) -> Fields:
-        """The settings that answers and their scores depend on; `metrics` and `guidance` only where they are set."""
+        """The settings that answers and their scores depend on; others that were added only where they are set."""
         settings = dataclasses.asdict(self)
         unset = [name for name in ("metrics", "text_model", "question") if not settings[name]]
+        unset += ["turns"] if self.turns == "last" else []
         for name in ("mesh", "parquet", "compare", *unset):
             del settings[name]
         return settings
@@ -171,6 +176,7 @@ class ReleaseRunner:
             tasks=settings.tasks,
             num_samples=settings.num_samples,
             seed=settings.seed,
+            turns=settings.turns,
         )
 
     def __reduce__(self):
