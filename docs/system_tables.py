@@ -121,6 +121,12 @@ ROWS = (
         live="conversation to answer, and back",
     ),
     Row(
+        "PaliGemma, PaliGemma 2",
+        ("paligemma",),
+        "SigLIP, one linear layer, Gemma or Gemma 2 with softcaps; both-ways attention in images and question",
+        live="question to answer, loss, gradients, and back",
+    ),
+    Row(
         "Idefics3, SmolVLM, SmolVLM2",
         ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"),
         "SigLIP tiles named in the text, pixel shuffle, Llama; SmolVLM: videos as frames with their times",
@@ -140,11 +146,11 @@ ROWS = (
         "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
     ),
     Row(
-        "Llama, Mistral, Qwen2, Qwen3, Gemma 3, InternLM2, DeepSeek-V2",
+        "Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, InternLM2, DeepSeek-V2",
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
-            "gemma3_text",
+            *("gemma", "gemma2", "gemma3_text"),
         ),
         "only the language model",
         "InternLM2 inside InternVL",

@@ -174,7 +174,8 @@ FORMS: dict[str, Form] = _table(
     ),
     (number(0, 1, above=True), "layer_norm_eps rms_norm_eps layer_norm_epsilon"),
     (NUMBER, "initializer_factor layerscale_value logit_scale_init_value aux_loss_alpha"),
-    (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor final_logit_softcapping"),
+    (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor"),
+    (NUMBER | NULL, "final_logit_softcapping attn_logit_softcapping"),
     # config.json: flags and names
     (
         FLAG,

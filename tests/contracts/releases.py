@@ -127,6 +127,11 @@ _GEMMA3 = {
     "model.multi_modal_projector.mm_input_projection_weight": (1, 1),
     "model.language_model.embed_tokens.weight": (1, 1),
 }
+_PALIGEMMA = {
+    "model.vision_tower.embeddings.patch_embedding.weight": (1,),
+    "model.multi_modal_projector.linear.weight": (1, 1),
+    "model.language_model.embed_tokens.weight": (1, 1),
+}
 _SPLIT_TAGS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
 _SPLIT_FILES = {
     "preprocessor_config.json": {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
@@ -270,6 +275,25 @@ FOLDERS = {
             },
             "processor_config.json": {"image_seq_length": 16},
         },
+    ),
+    "paligemma": Folder(
+        {
+            "model_type": "paligemma",
+            "vision_config": {**SIGLIP, "vision_use_head": False},
+            "text_config": {
+                **TEXT,
+                "model_type": "gemma2",
+                "head_dim": 8,
+                "query_pre_attn_scalar": 10,
+                "sliding_window": 6,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 8.0,
+            },
+            "projection_dim": 32,
+        },
+        names=_PALIGEMMA,
+        added=("<image>",),
+        files={"preprocessor_config.json": {"size": {"height": 16, "width": 16}, "image_seq_length": 16}},
     ),
     "idefics3": Folder(
         {

@@ -43,7 +43,7 @@ OPTIONS = {
             "tie_embeddings": True,
         },
     ),
-    "transformer with a local block, norms from one and of outputs, scaled embeddings": (
+    "transformer with a local block, norms from one and of outputs, softcaps, scaled embeddings": (
         "transformer",
         {
             "windows": (None, 3),
@@ -53,6 +53,8 @@ OPTIONS = {
             "post_norm": True,
             "qk_norm": True,
             "qk_scale": 0.5,
+            "attention_softcap": 2.0,
+            "logit_softcap": 3.0,
             "embedding_scale": 4.0,
         },
     ),

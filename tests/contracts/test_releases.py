@@ -65,6 +65,7 @@ TOKENS = {
     "ovis": (9, 1),
     "ovis2": (9, 1),
     "ovis2_5": (6, 1),
+    "paligemma": (16, 1),
     "qwen": (9, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),

@@ -112,6 +112,21 @@ def test_blocks_have_the_numbers_of_the_plain_formula(blocks, z_loss):
         np.testing.assert_allclose(grad, each, atol=1e-5 * np.abs(each).max())
 
 
+@pytest.mark.parametrize("blocks", [Blocks(0, 5), Blocks(1, 4, shards=2), Blocks(1, 12)])
+def test_blocks_of_bounded_logits(blocks):
+    """By the chain rule from the plain formula, whose hidden states are the bounded logits and whose kernel is 1."""
+    rng = np.random.default_rng(1)
+    _, targets, weights = example((2, 5), vocab=12)
+    hidden, kernel = np.float32(rng.normal(size=(2, 5, 6))), np.float32(rng.normal(size=(6, 12)))
+    found, grads = by_blocks(hidden, kernel, targets, weights, blocks._replace(softcap=1.5), z_loss=1e-2)
+    logits = 1.5 * np.tanh(np.float64(hidden) @ np.float64(kernel) / 1.5)
+    values, (error, _) = plain(logits, np.eye(12), targets, weights, 1e-2)
+    np.testing.assert_allclose(found, values, rtol=1e-5)
+    error = error * (1 - (logits / 1.5) ** 2)
+    for grad, each in zip(grads, (error @ kernel.T, np.einsum("btd,btv->dv", hidden, error)), strict=True):
+        np.testing.assert_allclose(grad, each, atol=1e-5 * np.abs(each).max())
+
+
 def test_blocks_without_a_weight_are_zero_and_have_no_gradient():
     _, targets, weights = example((2, 5))
     found, grads = by_blocks(np.ones((2, 5, 3)), np.ones((3, 7)), targets, 0 * weights, Blocks(1, 2), z_loss=1.0)

@@ -73,6 +73,28 @@ MODELS = {
         {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
     ),
     **{f"llama, {name}": (transformers.LlamaForCausalLM, settings) for name, settings in SCALED.items()},
+    "gemma": (
+        transformers.GemmaForCausalLM,
+        {
+            "head_dim": 12,
+            "hidden_act": "gelu",
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM,
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
     "gemma3, blocks of two kinds": (
         transformers.Gemma3ForCausalLM,
         {

@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
@@ -348,3 +349,12 @@ def gemma3_processor(side=24, tokens=4, **options):
         chat_template=GEMMA_TEMPLATE,
         image_seq_length=tokens,
     )
+
+
+def paligemma_processor(side=24, tokens=16):
+    """Its tokenizer adds no BOS, and has the tokens of places and of segments, which are no special ones."""
+    made = tokenizer(image_token="<image>")
+    made.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A:0", "$A:0 $B:1", [])
+    images = SiglipImageProcessorPil(size={"height": side, "width": side})
+    images.image_seq_length = tokens
+    return transformers.PaliGemmaProcessor(images, made)

@@ -18,6 +18,7 @@ from .processors import (
     llava_onevision_processor,
     llava_processor,
     ovis2_processor,
+    paligemma_processor,
     qwen,
     save,
     smolvlm_processor,
@@ -201,6 +202,27 @@ def gemma3(folder):
         **ids,
     )
     return saved(folder, processor, transformers.Gemma3ForConditionalGeneration(config))
+
+
+def paligemma(folder, **text):
+    """Sixteen tokens of an image, and Gemma."""
+    processor = paligemma_processor()
+    text = {"model_type": "gemma", "head_dim": 12, "pad_token_id": None, **text}
+    config = transformers.PaliGemmaConfig(
+        vision_config={**SIGLIP, "image_size": 24, "patch_size": 6, "vision_use_head": False},
+        text_config={**TEXT, **text, "vocab_size": len(processor.tokenizer)},
+        projection_dim=TEXT["hidden_size"],
+        hidden_size=TEXT["hidden_size"],
+        image_token_index=processor.image_token_id,
+    )
+    return saved(folder, processor, transformers.PaliGemmaForConditionalGeneration(config))
+
+
+def paligemma2(folder):
+    """The same with Gemma 2: the window of local layers is less than an image, and caps that bend most logits."""
+    caps = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 8.0}
+    own = {"num_hidden_layers": 3, "query_pre_attn_scalar": 10, "sliding_window": 7, **caps}
+    return paligemma(folder, model_type="gemma2", **own)
 
 
 def idefics3(folder, processor=None, name="Idefics3", side=35):

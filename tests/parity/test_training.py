@@ -39,6 +39,8 @@ from .systems import (
     llava_next,
     llava_onevision,
     ovis2,
+    paligemma,
+    paligemma2,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -56,6 +58,8 @@ SYSTEMS = (
     idefics3,
     internvl,
     ovis2,
+    paligemma,
+    paligemma2,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
@@ -81,6 +85,13 @@ CONVERSATIONS = (
         (0, 1),
     ),
     ([asked("Hello."), answered("Hi!"), asked("And that?", IMAGE), answered("Rain")], (2,)),
+)
+
+
+# Of systems without a chat template, which take one question.
+QUESTIONS = (
+    ([asked("What is é this? 12", IMAGE, IMAGE), answered("No, two dogs.")], (0, 1)),
+    ([asked("And that?", IMAGE), answered("<loc0004><loc1023><loc0000><loc0512> rain")], (2,)),
 )
 
 
@@ -111,6 +122,7 @@ class Case:
 
 def case_of(made, folder) -> Case:
     processor, model, ours = made(folder)
+    conversations = QUESTIONS if processor.chat_template is None else CONVERSATIONS
     config = finetune.get_config()
     with config.unlocked():
         config.release, config.dtype = str(ours.folder), "float32"
@@ -118,16 +130,18 @@ def case_of(made, folder) -> Case:
     experiment, images = build(config), [np.asarray(picture) for picture in pictures(3)]
     loads = [
         experiment.measure(SampleSizes("", tuple(messages), tuple(images[i].shape[:2] for i in numbers)))
-        for messages, numbers in CONVERSATIONS
+        for messages, numbers in conversations
     ]
     shape = RowShape(max(load.length for load in loads), max(load.images for load in loads))
-    samples = [Sample("", tuple(messages), tuple(images[i] for i in numbers)) for messages, numbers in CONVERSATIONS]
+    samples = [Sample("", tuple(messages), tuple(images[i] for i in numbers)) for messages, numbers in conversations]
     return Case(processor, model, experiment, join([experiment.training_row(one, shape=shape) for one in samples]))
 
 
 def inputs_of(case: Case):
     """The reference's inputs by its own processor, and our labels: that of position t + 1 is the target of t."""
     theirs, batch = case.processor, case.batch
+    if theirs.chat_template is None:
+        return prefixed_inputs(theirs, batch)
     end = theirs.tokenizer.eos_token  # most templates here write none after a last answer
     texts = [theirs.apply_chat_template(messages) for messages, _ in CONVERSATIONS]
     texts = [text if text.endswith("<end_of_turn>\n") else text.rstrip() + end for text in texts]
@@ -142,6 +156,22 @@ def inputs_of(case: Case):
     labels[:, 1:] = np.where(batch.loss_weights[:, :-1] > 0, batch.targets[:, :-1], -100)
     assert set(np.unique(batch.loss_weights)) == {0.0, 1.0} and not batch.loss_weights[:, -1].any()
     return {**given, "labels": torch.tensor(labels)}
+
+
+def prefixed_inputs(theirs, batch):
+    """The same of questions and answers, whose labels the reference's processor gives too."""
+    images = [[pictures(3)[i] for i in numbers] for _, numbers in QUESTIONS]
+    texts = ["<image>" * len(numbers) + messages[0]["content"][-1]["text"] for messages, numbers in QUESTIONS]
+    suffix = [messages[1]["content"][0]["text"] for messages, _ in QUESTIONS]
+    padded = {"padding": True, "padding_side": "right", "return_tensors": "np"}
+    given = theirs(images=images, text=texts, suffix=suffix, **padded)
+    real = np.asarray(batch.segment_ids) > 0
+    np.testing.assert_array_equal(real, given["attention_mask"])
+    np.testing.assert_array_equal(np.asarray(batch.tokens)[real], given["input_ids"][real])
+    np.testing.assert_array_equal((batch.group_ids > 0)[real], given["token_type_ids"][real] == 0)
+    labels = np.where(batch.loss_weights > 0, batch.targets, -100)
+    np.testing.assert_array_equal(labels[:, :-1], given["labels"][:, 1:])
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in given.items()}
 
 
 def theirs_trained(case: Case, folder) -> Trained:

@@ -31,6 +31,10 @@ PUBLISHED = [
     ("Qwen/Qwen3-VL-8B-Instruct", (736, 1280), 23 * 40),
     ("lmms-lab/LLaVA-OneVision-1.5-4B-Instruct", (1600, 1600), 57 * 57),
     ("google/gemma-3-4b-it", (720, 1280), 256),  # Gemma Team 2025, section 2.1
+    # Beyer et al. 2024, section 3.2: 256, 1024 and 4096 tokens.
+    ("google/paligemma-3b-pt-224", (720, 1280), 256),
+    ("google/paligemma-3b-pt-448", (720, 1280), 1024),
+    ("google/paligemma2-3b-pt-896", (720, 1280), 4096),
     # Li et al. 2024, section 3.2: 729 a tile, of at most 9 besides the whole; newlines besides.
     ("llava-hf/llava-onevision-qwen2-7b-ov-hf", (1152, 1152), 729 + 81 * 81 + 81),
     ("AIDC-AI/Ovis2-8B", (448, 448), 256 + 3),  # one tile, its start, the end of a row, and the end

@@ -31,6 +31,24 @@ def test_boxes_on_the_scale_of_1000():
     assert found == [NamedBox((20, 10, 60, 20), "the dog"), NamedBox((0, 0, 199.8, 25), None)]
 
 
+def test_boxes_and_codes_of_tokens_of_places():
+    """Top first; as in the demo of PaliGemma's authors, in 1024ths of the image."""
+    codes = "".join(f"<seg{number:03}>" for number in range(112, 128))
+    text = f"<loc0256><loc0000><loc0512><loc1023> the dog ; <loc0001><loc0002><loc0003><loc0004>{codes} a cat<eos>"
+    found = answer_boxes(text, (1024, 2048))
+    assert found == [
+        NamedBox((0, 256, 2046, 512), "the dog"),
+        NamedBox((4, 1, 8, 3), "a cat", tuple(range(112, 128))),
+    ]
+    three, large = "<loc0001><loc0002><loc0003> x", "<loc0001><loc0002><loc0003><loc1024> x"
+    assert answer_boxes(f"{three} ; {large} ; <loc0001><loc0002><loc0003><loc0004><seg001>", (1024, 1024)) == [
+        NamedBox((2, 1, 4, 3))
+    ]
+    assert answer_boxes(text.replace("<seg127>", "<seg128>"), (1024, 2048)) == found[:1]
+    drawn = np.asarray(draw_boxes(Image.new("RGB", (2048, 1024)), found[:1]))
+    assert (drawn[256, 100] == (255, 0, 0)).all() and (drawn[512, 100] == (255, 0, 0)).all()
+
+
 @pytest.mark.parametrize(
     ("text", "boxes"),
     [

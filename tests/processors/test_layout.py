@@ -135,10 +135,10 @@ def test_examples_with_and_without_branches_share_a_row():
     check(row, branch_ids=[0, 1, 2, 0, 0], positions=[0, 1, 1, 0, 1], segment_ids=[1, 1, 1, 2, 2])
 
 
-def test_each_run_of_grouped_tokens_is_a_group():
-    one, two = (Visual(range(n), [IMAGE] * n, grouped=True) for n in (2, 3))
-    row = lay_out([[Text([1]), one, two], [one, Text([2])]], 10, pad_id=PAD, pad_side="left")
-    check(row, group_ids=[0, 0, 2, 2, 3, 3, 3, 1, 1, 0], segment_ids=[0, *[1] * 6, *[2] * 3])
+def test_every_piece_has_its_group():
+    one, two = (Visual(range(n), [IMAGE] * n, group=n) for n in (2, 3))
+    row = lay_out([[Text([1]), one, two], [one, Text([2], group=2), Text([3])]], 11, pad_id=PAD, pad_side="left")
+    check(row, group_ids=[0, 0, 2, 2, 3, 3, 3, 2, 2, 2, 0], segment_ids=[0, *[1] * 6, *[2] * 4])
     assert lay_out([[Text([1]), Visual([0], [IMAGE])]], 4, pad_id=PAD).group_ids is None
 
 

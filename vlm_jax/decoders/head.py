@@ -5,24 +5,30 @@ from jaxtyping import Array, Float
 
 from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.softcap import capped
 from vlm_jax.types import Dtype
 
 
 class LinearHead:
-    """`logits` and `head_kernel` of a decoder whose `setup` makes `embedding`, and `head` where it is not tied."""
+    """`logits` and `head_kernel` of a decoder whose `setup` makes `embedding`, and `head` where it is not tied.
+
+    Attributes:
+      logit_softcap: bound of the logits, see `softcap.capped`; None for none.
+    """
 
     embedding: Embed
     head: Dense
     tie_embeddings: bool
     dtype: Dtype
+    logit_softcap: float | None = None
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""
         out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
+        return capped(out.astype(jnp.float32), self.logit_softcap)
 
     def head_kernel(self) -> HeadKernel:
         """The kernel of `logits`: the embedding table, or that of the separate head."""
         if self.tie_embeddings:
-            return HeadKernel(self.embedding.embedding, 0, self.dtype)
-        return HeadKernel(self.head.get_variable("params", "kernel"), 1, self.dtype)
+            return HeadKernel(self.embedding.embedding, 0, self.dtype, self.logit_softcap)
+        return HeadKernel(self.head.get_variable("params", "kernel"), 1, self.dtype, self.logit_softcap)

@@ -44,6 +44,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       windows: attention window of each block in positions, its own included, or None; empty where no block has one.
       qk_norm: an RMSNorm of every head's queries and keys before RoPE, as in Qwen3.
       qk_scale: factor of the attention logits; head_dim ** -0.5 when None.
+      attention_softcap: bound of the attention logits, as in Gemma 2, see `softcap.capped`; None for none.
+      logit_softcap: the same of the vocabulary logits.
       embedding_scale: factor of embedded text, not of visual tokens, as in Gemma; None for none.
       expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
       num_experts: experts to choose from.
@@ -59,8 +61,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       ValueError: heads that do not divide, numbers of experts without experts, or a `local_rope` that no block has or
         whose magnitude is not that of `rope`.
 
-    Source: Touvron et al. 2023 (Llama), section 2.2; Yang et al. 2025 (Qwen3), section 2, for experts; Gemma Team 2025
-    (Gemma 3), section 2, for blocks of two kinds.
+    Source: Touvron et al. 2023 (Llama), section 2.2; Yang et al. 2025 (Qwen3), section 2, for experts; Gemma Team 2024
+    (Gemma 2), section 2, for softcaps; Gemma Team 2025 (Gemma 3), section 2, for blocks of two kinds.
     """
 
     vocab_size: Size
@@ -82,6 +84,8 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_scale: Positive | None = None
+    attention_softcap: Positive | None = None
+    logit_softcap: Positive | None = None
     embedding_scale: Positive | None = None
     windows: tuple[Count | None, ...] = ()
     expert_dim: Size | None = None
@@ -205,6 +209,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
             magnitude=self.rope.magnitude,
             query_scale=rows.query_scale,
             groups=rows.group_ids,
+            softcap=self.attention_softcap,
         )
 
     @property

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.attention import Context, allowed
 from vlm_jax.layers.local_rows import row_by_row
+from vlm_jax.softcap import capped
 from vlm_jax.types import PADDING_SEGMENT
 
 Saliency = Literal["none", "heads", "joined"]  # of an encoder: the mean over heads, or all of them as a single one
@@ -116,7 +117,7 @@ def _over_queries(heads: Heads, context: Context, summed: Callable[..., jax.Arra
 
     def of_block(block):
         grouped, mask, *given = block
-        logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
+        logits = capped(jnp.einsum("btkgh,bskh->bkgts", grouped, key), context.softcap)
         if mask is not None:
             mask = mask[:, None, None]
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.softcap import capped, slope
 from vlm_jax.types import Dtype
 
 PerPosition = tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]
@@ -26,12 +27,14 @@ class Blocks(NamedTuple):
       size: ids of one shard in a block.
       shards: equal contiguous parts of the vocabulary, one per device that has a part; every block has ids of each.
       dtype: dtype of the product, as in the head.
+      softcap: bound of the logits, as in the head; see `softcap.capped`.
     """
 
     vocab_axis: int
     size: int
     shards: int = 1
     dtype: Dtype = jnp.float32
+    softcap: float | None = None
 
     def count(self, vocab_size: int) -> int:
         """Number of blocks.
@@ -99,6 +102,8 @@ def _backward(blocks: Blocks, kept: tuple[jax.Array, ...], given: PerPosition) -
         block = _block(index, hidden, grouped, targets, blocks)
         shares = jnp.exp(block.logits - logsumexp[..., None, None])
         error = shares * (of_loss + of_logsumexp)[..., None, None] - jnp.where(block.hit, of_loss[..., None, None], 0.0)
+        if blocks.softcap is not None:  # ids of an earlier block have no share
+            error *= slope(jnp.where(jnp.isfinite(block.logits), block.logits, 0.0), blocks.softcap)
         error = error.astype(blocks.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         of_hidden += product(f"btsv,{letters}->btd", error, block.kernel)
@@ -132,6 +137,7 @@ def _block(index: jax.Array, hidden: jax.Array, grouped: jax.Array, targets: jax
     start = jnp.minimum(index * blocks.size, per_shard - blocks.size)
     kernel = jax.lax.dynamic_slice_in_dim(grouped, start, blocks.size, axis).astype(blocks.dtype)
     logits = jnp.einsum(f"btd,{_letters(blocks)}->btsv", hidden.astype(blocks.dtype), kernel).astype(jnp.float32)
+    logits = capped(logits, blocks.softcap)
     within = (start + jnp.arange(blocks.size))[None, None, None]
     fresh = within >= index * blocks.size
     ids = per_shard * jnp.arange(blocks.shards)[None, None, :, None] + within

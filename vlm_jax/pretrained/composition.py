@@ -29,7 +29,7 @@ from vlm_jax.pretrained.language import LANGUAGE_MODELS, language_model
 from vlm_jax.types import Batch, Config, Dtype, Fields, Instruction, PackedPatches
 
 # Language models of released systems that are not read: their systems' encoders and connectors are.
-NOT_READ = frozenset(("gemma", "gemma2", "minicpm", "minicpm3", "mpt", "opt", "persimmon", "phi", "phi3", "t5"))
+NOT_READ = frozenset(("minicpm", "minicpm3", "mpt", "opt", "persimmon", "phi", "phi3", "t5"))
 
 
 def visual_half(

@@ -29,6 +29,11 @@ _GEMMA3 = (
     "multi_modal_projector.mm_input_projection_weight",
     "language_model.model.embed_tokens.weight",
 )
+_PALIGEMMA = (
+    "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "multi_modal_projector.linear.weight",
+    "language_model.model.embed_tokens.weight",
+)
 _QWEN2_VL = ("visual.patch_embed.proj.weight", "model.embed_tokens.weight")
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
@@ -48,6 +53,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "multi_modality": ("language_model.model.norm.weight",),
     "ovis": ("llm.model.norm.weight",),
     "ovis2_5": ("llm.model.norm.weight",),
+    "paligemma": _PALIGEMMA,
     "qwen": ("transformer.wte.weight", "transformer.visual.proj"),
     "qwen2_5_vl": _QWEN2_VL,
     "qwen2_vl": _QWEN2_VL,

@@ -18,7 +18,7 @@ from vlm_jax.pretrained.family import (
     PretrainedError,
     with_defaults,
 )
-from vlm_jax.pretrained.gemma import gemma3
+from vlm_jax.pretrained.gemma import gemma, gemma2, gemma3
 from vlm_jax.pretrained.internlm2 import internlm2
 from vlm_jax.pretrained.llama import (
     llama,
@@ -37,6 +37,8 @@ from vlm_jax.types import Batch, Config, Dtype
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "LLaVAOneVision1_5_text": llava_onevision15,
     "deepseek_v2": deepseek_v2,
+    "gemma": gemma,
+    "gemma2": gemma2,
     "gemma3_text": gemma3,
     "internlm2": internlm2,
     "llama": llama,

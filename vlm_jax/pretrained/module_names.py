@@ -21,6 +21,7 @@ MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": _LLAVA,
+    "paligemma": _LLAVA,
     "qwen2_vl": _QWEN2_VL,
     "qwen2_5_vl": _QWEN2_VL,
 }

@@ -8,6 +8,7 @@ r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of
 | DeepSeek-VL2, DeepSeek-OCR | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
 | Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of the model's input |
 | Qwen3-VL | the same JSON | thousandths |
+| PaliGemma | `<loc0000>` of top, left, bottom, right, 16 `<seg000>` of a mask, `name ; …` | 1024ths |
 | Qwen2.5-VL, documents | HTML whose elements have a `data-bbox="x1 y1 x2 y2"` | the same |
 """
 
@@ -30,6 +31,8 @@ _TAGGED = re.compile(
     r"(?P<tag><box>|<\|box_start\|>|<\|det\|>)(?P<box>[^<]*)(?:</box>|<\|box_end\|>|<\|/det\|>)"
 )
 _CORNERS = re.compile(r"\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*,\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)")
+_PLACED = re.compile(r"(?P<places>(?:<loc\d{4}>){4})\s*(?P<codes>(?:<seg\d{3}>){16})?(?P<name>[^;<]*)")
+NUM_PLACES, NUM_CODES = 1024, 128  # tokens of places, and of parts of masks
 MAX_COORDINATE = 10**9  # larger coordinates are invalid
 VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "col", "wbr"))  # elements without an end
 
@@ -41,10 +44,13 @@ class NamedBox:
     Attributes:
       box: (left, top, right, bottom) in pixels of the image.
       name: name of its content in the answer, or None.
+      mask_codes: 16 indices in the codebook of PaliGemma's masks, in [0, 128); empty where the answer has no mask. The
+        decoder that makes a mask of 64x64 pixels of them is not in the released checkpoints.
     """
 
     box: PixelBox
     name: str | None = None
+    mask_codes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,9 @@ def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[N
         `size` when None.
     """
     tagged = [NamedBox(_scaled(box, size, (unit, unit)), name) for box, unit, name in _tagged_boxes(text)]
+    tagged += [
+        NamedBox(_scaled(box, size, (NUM_PLACES, NUM_PLACES)), name, codes) for box, name, codes in _placed_boxes(text)
+    ]
     return tagged or [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]
 
 
@@ -134,6 +143,20 @@ def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
         name = None if tagged["name"] is None else tagged["name"].strip()
         unit = SCALE - 1 if tagged["tag"] == "<|det|>" else SCALE
         found += [(box, unit, name) for box in boxes if _is_box(box)] if isinstance(boxes, list) else []
+    return found
+
+
+def _placed_boxes(text: str) -> list[tuple[Sequence[Number], str | None, tuple[int, ...]]]:
+    """Boxes of tokens of places, names and codes of masks; with a number that is no token, one is malformed.
+
+    Source: Beyer et al. 2024 (PaliGemma), section 3.2.
+    """
+    found = []
+    for placed in _PLACED.finditer(text):
+        top, left, bottom, right = places = [int(number) for number in re.findall(r"\d{4}", placed["places"])]
+        codes = tuple(int(number) for number in re.findall(r"\d{3}", placed["codes"] or ""))
+        if max(places) < NUM_PLACES and max(codes, default=0) < NUM_CODES:
+            found.append(((left, top, right, bottom), placed["name"].strip() or None, codes))
     return found
 
 

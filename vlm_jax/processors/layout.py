@@ -28,11 +28,14 @@ class Text:
       learned: loss weight of predicting it; 0 where it is not learned.
       branch: 0 for text that everything after it attends to; a separate number for a turn that attends
         only to branch 0 and itself.
+      group: positions of consecutive pieces of one group other than 0 attend to each other in both directions; see
+        `types.Batch.group_ids`.
     """
 
     ids: Sequence[int]
     learned: float | bool = 0.0
     branch: int = 0
+    group: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,7 +52,7 @@ class Visual:
       before: where a reducer keeps positions of tokens, the positions of all tokens before it, from 0.
       extent: offset of the positions after the run; max(positions) + 1 when None.
       interpolation: the rows of which each token is a weighted mean; None where each is that of `rows`.
-      grouped: whether its tokens attend to each other in both directions; see `types.Batch.group_ids`.
+      group: as of `Text`.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
@@ -58,7 +61,7 @@ class Visual:
     before: Int[np.ndarray, "m"] | Int[np.ndarray, "m 3"] | None = None
     extent: int | None = None
     interpolation: Interpolation | None = None
-    grouped: bool = False
+    group: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,8 +94,8 @@ def lay_out(
       float32 for loss_weights. `targets` has at each position the next id of its example; loss_weights
       is the weight of the piece of that id. Positions count from 0 in every example, and
       continue from the end of branch 0 in every branch; on three axes, positions after an image continue from its
-      maximum. `branch_ids` is None where all is branch 0, `group_ids` where no run is grouped, and `visual_positions`
-      where no image has `before`.
+      maximum. `branch_ids` is None where all is branch 0, `group_ids` where no piece has a group, and
+      `visual_positions` where no image has `before`.
 
     Raises:
       ValueError: the pieces are longer than `length`.
@@ -155,11 +158,11 @@ class _Segment:
     def __init__(self, pieces: Pieces, rotary_3d: bool):
         dtypes = (np.int32, np.int32, np.float32, np.int32, np.int32)
         parts: list[tuple[np.ndarray, ...]] = [tuple(np.zeros(0, dtype) for dtype in dtypes)]
-        for number, piece in enumerate(pieces, 1):
+        for piece in pieces:
             if isinstance(piece, Text):
-                values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch, 0)
+                values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch, piece.group)
             else:
-                values = (piece.ids, piece.rows, 0, 0, number if piece.grouped else 0)
+                values = (piece.ids, piece.rows, 0, 0, piece.group)
             parts.append(
                 tuple(
                     np.broadcast_to(np.asarray(v, dtype), len(piece)) for v, dtype in zip(values, dtypes, strict=True)

@@ -117,7 +117,8 @@ class Processor:
       frame_sampler: selects frames of a video file.
       table_rows: number of tokens in the model's table; None where a text cannot have others.
       reduction: the token reducer, which `views` takes into account; None for none.
-      grouped: the visual tokens of a place attend to each other in both directions; see `types.Batch.group_ids`.
+      grouped: rows have `types.Batch.group_ids`: the visual tokens of a place attend to each other in both directions,
+        where the prompt does not state the group of its slot.
     """
 
     prompt: Prompt
@@ -661,7 +662,8 @@ class Processor:
                 mixed = place.prepared.interpolation
                 own = np.asarray(mixed.index)
                 mixed = dataclasses.replace(mixed, index=np.where(own < 0, own, own + start))
-            filled.append(Visual(rows, ids, grouped=self.grouped, **self._positions(place), interpolation=mixed))
+            group = piece.group or (len(filled) + 1 if self.grouped else 0)
+            filled.append(Visual(rows, ids, group=group, **self._positions(place), interpolation=mixed))
             order.append(place)
             start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order

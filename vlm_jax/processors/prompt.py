@@ -39,11 +39,13 @@ class Slot:
       kind: image or video.
       token_id: placeholder id of its visual tokens.
       first_ids: other ids of the first of them.
+      group: see `layout.Text`; 0 where the prompt states none.
     """
 
     kind: Kind
     token_id: int
     first_ids: tuple[int, ...] = ()
+    group: int = 0
 
 
 @runtime_checkable

@@ -149,6 +149,56 @@ def test_positions_of_a_group_read_each_other(reference, in_blocks):
     np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
 
 
+def test_a_group_is_longer_than_a_window(reference, in_blocks):
+    """As in the masks of transformers, where a position reads what its window or its group allows."""
+    q, k, v = arrays()
+    groups = np.array([[3, 3, 3, 0, 0, 0], [0, 7, 7, 7, 7, 0]])
+    context = Context("causal", groups=jnp.asarray(groups), window=jnp.asarray(2))
+    mask = last_of(readable(2, 6, 6, causal=True), 2)
+    mask[0, :3, :3] = mask[1, 1:5, 1:5] = True
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [None, 3])
+def test_a_softcap_bounds_the_logits(in_blocks, block):
+    """Before a mask; in one loop over positions, in float64."""
+    q, k, v = (np.float64(x) for x in arrays(kv_heads=4))
+    logits = 1.5 * np.tanh(np.einsum("bqhd,bkhd->bhqk", q, k) * 0.7 / 1.5)
+    places = np.arange(6)
+    mask = places[:, None] >= places if block is None else places[:, None] // block == places // block
+    weights = np.exp(logits) * mask
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    context = Context("causal" if block is None else "full", block=block, softcap=1.5)
+    given = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, scale=0.7, implementation=in_blocks))(*given)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_a_softcap_with_a_cache_and_a_bias():
+    """The cap is of the products of all keys, and a bias is added to what it gives."""
+    q, k, v = arrays(kv_heads=4)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 6, 6)), jnp.float32)
+    logits = 1.5 * np.tanh(np.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5 / 1.5)
+    weights = np.exp(logits + bias)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    out = attention(q, k, v, Context("full", softcap=1.5), bias=bias)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    past = KeyValue(k[:, :4].transpose(0, 2, 3, 1), v[:, :4].transpose(0, 2, 1, 3))
+    weights = np.exp(logits)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    out = attention(q, k[:, 4:], v[:, 4:], Context("full", softcap=1.5), past=past)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_cudnn_refuses_a_softcap():
+    q, k, v = arrays(queries=128, keys=128)
+    context = Context("full", softcap=1.5)
+    with pytest.raises(ValueError, match=tried("cudnn attention takes no softcap; leave `implementation` None")):
+        module.attention(q, k, v, context, implementation="cudnn")
+    assert jax.eval_shape(lambda: module.attention(q, k, v, context)).shape == q.shape
+
+
 def test_a_window_counts_no_padding_of_a_cache(reference):
     """Prompts of two and of four tokens, padded on the right and on the left, two empty slots, and two tokens."""
     q, k, v = arrays(queries=2, keys=8)
@@ -220,6 +270,9 @@ def test_splash_refuses_a_bias():
         ("gpu", jnp.float32, 64, 128, Context("causal"), "xla"),
         ("gpu", jnp.bfloat16, 64, 100, Context("causal"), "cudnn"),
         ("gpu", jnp.float16, 64, 128, Context("full"), "cudnn"),
+        ("gpu", jnp.bfloat16, 64, 128, Context("causal", softcap=50.0), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", softcap=50.0), "splash"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", softcap=50.0, window=jnp.asarray(4)), "flash"),
         ("gpu", jnp.bfloat16, 12, 128, Context("full"), "xla"),
         ("gpu", jnp.bfloat16, 576, 128, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 128, 128, Context("full"), "splash"),
@@ -261,6 +314,12 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "attention on tpu: splash, for causal attention inside segments",
         "attention on tpu: flash, for a window",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    choose_implementation(x.astype(jnp.bfloat16), x, Context("causal", softcap=50.0))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention on gpu: xla, for a softcap of the logits, which cuDNN's kernel has not"
     ]
 
 

@@ -14,15 +14,24 @@ BRANCHES = np.tile(np.repeat([0, 1, 2, 0], 25), (4, 3))
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "others"),
-    [("causal", 30, {"groups": BRANCHES}), ("causal", None, {"branches": BRANCHES}), ("full", None, {})],
+    ("kind", "window", "others", "softcap"),
+    [
+        ("causal", 30, {"groups": BRANCHES}, None),
+        ("causal", 10, {"groups": BRANCHES}, 1.5),
+        ("causal", None, {"branches": BRANCHES}, None),
+        ("full", None, {}, None),
+    ],
 )
-def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, others):
-    """300 positions in three blocks of 128, of which windows and segments leave some out, and heads of 24."""
+def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, others, softcap):
+    """300 positions in three blocks of 128, of which windows and segments leave some out, and heads of 24.
+
+    Groups of 25 positions are longer than a window of 10.
+    """
     monkeypatch.setattr(tiles, "_BLOCK", 128)
     compare, drawn = kernels
     segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
-    context = Context(kind, segments, segments, window=None if window is None else jnp.asarray(window), **others)
+    window = None if window is None else jnp.asarray(window)
+    context = Context(kind, segments, segments, window=window, softcap=softcap, **others)
     compare("flash", context, drawn(4, 300, 300, 4, 1, 24, 16), {"data": 2, "fsdp": 2, "tensor": 2})
 
 
@@ -31,6 +40,6 @@ def test_kernels_lower_for_a_tpu():
     context = Context("causal", jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), window=jnp.asarray(30))
     marks = marks_of(context, 4, 300, 300)
     query, key = (jnp.zeros((4, heads, 300, 80), jnp.bfloat16) for heads in (2, 1))
-    loss = jax.grad(lambda arrays: flash(*arrays, marks).astype(jnp.float32).sum())
+    loss = jax.grad(lambda arrays: flash(*arrays, marks, softcap=50.0).astype(jnp.float32).sum())
     text = jax.jit(loss).trace([query, key, key]).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 3

@@ -13,14 +13,19 @@ BRANCHES = np.array([[0] * 4 + [1] * 2 + [2] + [0] * 18, [0] * 9 + [1] * 8 + [2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "others"),
-    [("causal", 6, {"groups": BRANCHES}), ("causal", None, {"branches": BRANCHES}), ("full", None, {})],
+    ("kind", "window", "others", "softcap"),
+    [
+        ("causal", 6, {"groups": BRANCHES}, 1.5),
+        ("causal", None, {"branches": BRANCHES}, None),
+        ("full", None, {}, None),
+    ],
 )
-def test_equals_the_written_out_softmax(kernels, kind, window, others):
+def test_equals_the_written_out_softmax(kernels, kind, window, others, softcap):
     """25 positions over 4 devices, so that a segment is on several and a device has several, and padding."""
     compare, drawn = kernels
     segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
-    context = Context(kind, segments, segments, window=None if window is None else jnp.asarray(window), **others)
+    window = None if window is None else jnp.asarray(window)
+    context = Context(kind, segments, segments, window=window, softcap=softcap, **others)
     compare("ring", context, drawn(2, 25, 25, 4, 2, 8, 6), {"tensor": 2, "context": 4})
 
 
@@ -28,7 +33,9 @@ def test_kernels_of_a_tpu_compute_the_steps(kernels, monkeypatch):
     compare, drawn = kernels
     monkeypatch.setattr(entry, "Products", functools.partial(ring.Kernels, interpret=True))
     segments = jnp.asarray(SEGMENTS[:, :20])
-    compare("ring", Context("causal", segments, segments), drawn(2, 20, 20, 2, 1, 8), {"data": 2, "context": 2})
+    compare(
+        "ring", Context("causal", segments, segments, softcap=1.5), drawn(2, 20, 20, 2, 1, 8), {"data": 2, "context": 2}
+    )
 
 
 def test_a_ring_has_devices_and_a_sequence(kernels):

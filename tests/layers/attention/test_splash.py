@@ -10,11 +10,11 @@ SEGMENTS = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1], [3, 3, 1, 1], [1, 2, 0, 0]], 3
 
 
 @pytest.mark.parametrize(
-    ("kind", "segmented", "mesh", "heads"),
-    [("full", False, {}, (2, 1)), ("causal", True, {"data": 2, "fsdp": 2, "tensor": 2}, (4, 2))],
+    ("kind", "segmented", "mesh", "heads", "softcap"),
+    [("full", False, {}, (2, 1), None), ("causal", True, {"data": 2, "fsdp": 2, "tensor": 2}, (4, 2), 1.5)],
 )
-def test_equals_the_written_out_softmax(kernels, kind, segmented, mesh, heads):
+def test_equals_the_written_out_softmax(kernels, kind, segmented, mesh, heads, softcap):
     """140 positions, which are padded to 256, and heads of 72."""
     compare, drawn = kernels
     segments = jnp.asarray(SEGMENTS) if segmented else None
-    compare("splash", Context(kind, segments, segments), drawn(4, 140, 140, *heads, 72, 16), mesh)
+    compare("splash", Context(kind, segments, segments, softcap=softcap), drawn(4, 140, 140, *heads, 72, 16), mesh)

@@ -49,7 +49,8 @@ class Context:
       branches: branch ids of both queries and keys (without a cache); a position attends to
         branch 0 and its own branch. None where there is one branch.
       groups: group ids of both queries and keys (without a cache); in causal attention, consecutive positions of one
-        id other than 0 also attend to each other, as those of an image prefix. None where there are no groups.
+        id other than 0 also attend to each other, as those of an image prefix, whatever the window. None where there
+        are no groups.
       angles: RoPE angles of the queries' positions, or None; of several ropes those of each, concatenated, of which a
         stack of blocks takes each block's own (`TransformerStack.ropes`).
       magnitude: factor of rotated queries and keys.
@@ -57,6 +58,7 @@ class Context:
       window: keys that a query of causal attention attends to at most, its own included; None for all.
       key_bias: added to the scaled logits of every key, or None.
       block: positions of the consecutive blocks inside which full attention without a cache stays; None for no blocks.
+      softcap: bounds the scaled logits before a bias and masks, as in Gemma 2, see `softcap.capped`; None for no bound.
     """
 
     mask_kind: MaskKind = static_field()
@@ -70,13 +72,14 @@ class Context:
     window: Int[Array, ""] | None = None
     block: int | None = static_field(default=None)
     groups: Int[Array, "B T"] | None = None
+    softcap: float | None = static_field(default=None)
 
     def of_blocks(self) -> "Context":
         """The context of a batch that has every block of a sequence as a row."""
         queries, keys = (
             x if x is None else x.reshape(-1, self.block) for x in (self.query_segments, self.key_segments)
         )
-        return Context("full", query_segments=queries, key_segments=keys)
+        return Context("full", query_segments=queries, key_segments=keys, softcap=self.softcap)
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
@@ -98,8 +101,7 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
         if context.mask_kind != "causal" or mask is None:
             raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
         order = key_order(context, num_keys)
-        of_queries = order[:, num_keys - num_queries :]
-        mask &= of_queries[:, :, None] - order[:, None, :] < context.window
+        mask &= order[:, None, :] >= first_order(context, order, num_queries)[:, :, None]
     return mask
 
 
@@ -108,10 +110,31 @@ def last_index(context: Context, num_queries: int, num_keys: int) -> Int[Array, 
     own = jnp.arange(num_keys - num_queries, num_keys)[None]
     if context.groups is None:
         return own
-    groups = jnp.asarray(context.groups)
-    goes_on = (groups[:, :-1] == groups[:, 1:]) & (groups[:, 1:] != 0)
-    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), num_keys, own)
+    ends = jnp.where(jnp.pad(_goes_on(context.groups), ((0, 0), (0, 1))), num_keys, own)
     return jax.lax.cummin(ends, axis=1, reverse=True)
+
+
+def first_order(context: Context, order: Int[Array, "_ S"], num_queries: int) -> Int[Array, "_ T"]:
+    """The order of the first key in the window of a query, or that of the first position of its group if it is lower.
+
+    Args:
+      context: with a window.
+      order: of the keys, from `key_order`.
+      num_queries: the queries are at the positions of the last keys.
+    """
+    assert context.window is not None
+    own = order[:, order.shape[1] - num_queries :]
+    first = own - (context.window - 1)
+    if context.groups is None:
+        return first
+    starts = jnp.where(jnp.pad(_goes_on(context.groups), ((0, 0), (1, 0))), jnp.iinfo(jnp.int32).min, own)
+    return jnp.minimum(first, jax.lax.cummax(starts, axis=1))
+
+
+def _goes_on(groups: Int[Array, "B T"]) -> Bool[Array, "B _"]:
+    """Whether each position but the last is of the same group as the next one."""
+    groups = jnp.asarray(groups)
+    return (groups[:, :-1] == groups[:, 1:]) & (groups[:, 1:] != 0)
 
 
 def key_order(context: Context, num_keys: int) -> Int[Array, "B S"] | Int[Array, "1 S"]:

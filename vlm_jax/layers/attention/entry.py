@@ -3,9 +3,9 @@
 | platform | implementation |
 |---|---|
 | any, where the mesh divides sequences and there are as many queries as keys | `ring` |
-| CPU, and GPU in float32 | `xla`: two products and a float32 softmax |
+| CPU, and GPU in float32 or with a softcap | `xla`: two products and a float32 softmax |
 | CPU, where the attention weights exceed its caches | `blocked`: the same, head by head and in blocks of queries |
-| GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
+| GPU in bfloat16 or float16, without a softcap | `cudnn`: flash, through `jax.nn.dot_product_attention` |
 | TPU, at least 128 queries and keys, no bias | `splash`: JAX's Pallas kernel, for segments, whole or causal |
 | the same, whole, with at most 256 queries and keys (4 GiB of weights), and heads that 128 does not divide | `xla` |
 | the same, with windows, branches, groups, or causal queries after earlier keys | `flash`: our Pallas kernel |
@@ -100,6 +100,8 @@ def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased:
             return "xla", f"at most {FEW} queries and keys, whose heads of {head_dim} a kernel would pad"
         return "splash", f"{context.mask_kind} attention inside segments"
     if on == "gpu":
+        if context.softcap is not None:
+            return "xla", "a softcap of the logits, which cuDNN's kernel has not"
         if query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
             return "cudnn", f"heads of {head_dim} in {query.dtype}"
         return "xla", f"heads of {head_dim} in {query.dtype}"
@@ -144,9 +146,11 @@ def attention(
       meaningless value; padding is the only such case.
 
     Raises:
-      ValueError: a forced implementation, or blocks, without a bias or a mask that is given.
+      ValueError: a forced implementation without a bias, a mask or a softcap that is given, or blocks without a bias
+        or a mask.
 
-    Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
+    Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads; Gemma Team 2024 (Gemma 2),
+    section 2, for the softcap.
     """
     scale = cast(float, query.shape[-1] ** -0.5) if scale is None else scale
     if context.key_bias is not None:
@@ -161,10 +165,12 @@ def attention(
         implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
     if implementation == "cudnn":
+        if context.softcap is not None:
+            raise ValueError("cudnn attention takes no softcap; leave `implementation` None")
         return cudnn(query, key, value, context, bias, scale=scale)
     if implementation == "xla":
         mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
-        return written(query, key, value, past, mask, bias, scale)
+        return written(query, key, value, past, mask, bias, scale, context.softcap)
     if bias is not None:
         raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
     masks = _masks(context, query.shape[1], key.shape[1])
@@ -185,7 +191,7 @@ def _in_blocks(query, key, value, context, scale, implementation):
         )
 
     def of_device(query, key, value, segments):
-        inner = Context("full", *segments, block=length).of_blocks()
+        inner = Context("full", *segments, block=length, softcap=context.softcap).of_blocks()
         rows, keys, values = (x.reshape(-1, length, *x.shape[2:]) for x in (query, key, value))
         out = attention(rows, keys, values, inner, scale=scale, implementation=implementation)
         return out.reshape(*query.shape[:3], -1)
@@ -198,19 +204,22 @@ def _in_blocks(query, key, value, context, scale, implementation):
 
 def _blocked(query, key, value, context, scale):
     mask = allowed(context, query.shape[1], key.shape[1])
-    return blocked(query, key, value, mask, context.mask_kind == "causal" and context.groups is None, scale)
+    causal = context.mask_kind == "causal" and context.groups is None
+    return blocked(query, key, value, mask, causal, scale, context.softcap)
 
 
 def _splash(query, key, value, context, scale):
     segments = None if context.query_segments is None else (context.query_segments, context.key_segments)
     causal = context.mask_kind == "causal"
-    kernel = functools.partial(splash, causal=causal, scale=scale, interpret=platform() != "tpu")
+    settings = {"causal": causal, "scale": scale, "softcap": context.softcap, "interpret": platform() != "tpu"}
+    kernel = functools.partial(splash, **settings)
     return partitioned(kernel, query, key, value, segments)
 
 
 def _flash(query, key, value, context, scale):
     marks = marks_of(context, query.shape[0], query.shape[1], key.shape[1])
-    kernel = functools.partial(_heads_first, functools.partial(flash, interpret=platform() != "tpu"))
+    interpret, softcap = platform() != "tpu", context.softcap
+    kernel = functools.partial(_heads_first, lambda *arrays: flash(*arrays, interpret, softcap))
     return partitioned(kernel, query * jnp.asarray(scale, query.dtype), key, value, marks)
 
 
@@ -225,7 +234,8 @@ def _ring(query, key, value, context, scale):
         )
     whole = -(-length // size) * size
     marks = with_padding(marks_of(context, query.shape[0], length, length), whole, whole)
-    local = Kernels(interpret=False) if platform() == "tpu" else Products()
+    cap = {"softcap": context.softcap}
+    local = Kernels(interpret=False, **cap) if platform() == "tpu" else Products(**cap)
     kernel = functools.partial(_heads_first, functools.partial(ring, over=Ring(axis, size, local)))
     query = query * jnp.asarray(scale, query.dtype)
     query, key, value = (padded(x, whole, axis=1) for x in (query, key, value))

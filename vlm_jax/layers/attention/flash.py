@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.layers.attention.marks import Marks, visible, visible_blocks, with_padding
 from vlm_jax.layers.attention.tiles import LANES, blocks_of, padded, widened
+from vlm_jax.softcap import capped, slope
 from vlm_jax.types import Dtype
 
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # the logit of a key that is not read
@@ -30,8 +31,10 @@ _TN = (((0,), (0,)), ((), ()))  # x.T @ y
 Heads = Float[Array, "B _ _ _"]  # heads first
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def flash(query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool = False) -> Heads:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def flash(
+    query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool = False, softcap: float | None = None
+) -> Heads:
     """Attention of scaled queries [B, Q, T, H] to keys and values [B, K, S, H]; K divides Q.
 
     Args:
@@ -40,26 +43,36 @@ def flash(query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool 
       value: values.
       marks: who reads whom.
       interpret: runs the kernels as JAX operations, on any platform.
+      softcap: as in `Context`.
     """
-    return forward(query, key, value, marks, interpret, query.dtype)[0]
+    return forward(query, key, value, marks, interpret, query.dtype, softcap)[0]
 
 
-def _saved(query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool) -> tuple[Heads, Any]:
-    out, logsumexp = forward(query, key, value, marks, interpret, query.dtype)
+def _saved(
+    query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool, softcap: float | None
+) -> tuple[Heads, Any]:
+    out, logsumexp = forward(query, key, value, marks, interpret, query.dtype, softcap)
     return out, (query, key, value, marks, out, logsumexp)
 
 
-def _pulled(interpret: bool, saved: Any, gradient: Heads) -> tuple[Heads, Heads, Heads, None]:
+def _pulled(interpret: bool, softcap: float | None, saved: Any, gradient: Heads) -> tuple[Heads, Heads, Heads, None]:
     query, key, value, marks, out, logsumexp = saved
     delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
-    return *backward(query, key, value, marks, logsumexp, delta, gradient, interpret, query.dtype), None
+    found = backward(query, key, value, marks, logsumexp, delta, gradient, interpret, query.dtype, softcap)
+    return *found, None
 
 
 flash.defvjp(_saved, _pulled)
 
 
 def forward(
-    query: Heads, key: Heads, value: Heads, marks: Marks, interpret: bool, dtype: Dtype
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    marks: Marks,
+    interpret: bool,
+    dtype: Dtype,
+    softcap: float | None = None,
 ) -> tuple[Heads, Float[Array, "B heads T"]]:
     """The outputs in `dtype`, and the logarithm of the sum of every query's exponentials.
 
@@ -95,7 +108,7 @@ def forward(
         ],
     )
     out, logsumexp = pl.pallas_call(
-        _forward_kernel,
+        functools.partial(_forward_kernel, softcap),
         grid_spec=grid_spec,
         out_shape=[
             jax.ShapeDtypeStruct(shape, dtype),
@@ -108,7 +121,7 @@ def forward(
     return out[:, :, :length, :width], logsumexp[:, :, 0, :length]
 
 
-def _forward_kernel(fetched, query, key, value, of_query, of_key, out, logsumexp, highest, total, mean):
+def _forward_kernel(softcap, fetched, query, key, value, of_query, of_key, out, logsumexp, highest, total, mean):
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
@@ -119,7 +132,7 @@ def _forward_kernel(fetched, query, key, value, of_query, of_key, out, logsumexp
 
     @pl.when(fetched[b, i, j] == j)
     def _():
-        logits = lax.dot_general(query[0, 0], key[0, 0], _NT, preferred_element_type=jnp.float32)
+        logits = capped(lax.dot_general(query[0, 0], key[0, 0], _NT, preferred_element_type=jnp.float32), softcap)
         queries, keys = of_query[0], of_key[0]
         reads = visible(*(queries[:, n : n + 1] for n in range(4)), *(keys[n : n + 1] for n in range(4)))
         logits = jnp.where(reads, logits, MASKED)
@@ -150,6 +163,7 @@ def backward(
     gradient: Heads,
     interpret: bool,
     dtype: Dtype,
+    softcap: float | None = None,
 ) -> tuple[Heads, Heads, Heads]:
     """Gradients of queries, keys and values in `dtype`.
 
@@ -158,6 +172,7 @@ def backward(
       logsumexp: of all that each query read.
       delta: sums of the products of all outputs and their gradients.
       gradient: of the outputs.
+      softcap: as in `Context`.
     """
     length, num_keys, widths = query.shape[2], key.shape[2], (query.shape[3], value.shape[3])
     tall, wide = blocks_of(length), blocks_of(num_keys)
@@ -167,8 +182,9 @@ def backward(
     key, value = _tiled(key, wide.padded), _tiled(value, wide.padded)
     rows = [padded(x, tall.padded, axis=2)[:, :, None] for x in (logsumexp, delta)]
     given = query, key, value, gradient, *rows, _rows(marks.query), _columns(marks.key)
-    of_query = _of_queries(given, blocks, tall.size, wide.size, interpret, dtype)
-    of_key, of_value = _of_keys(given, blocks, tall.size, wide.size, interpret, dtype)
+    settings = tall.size, wide.size, interpret, dtype, softcap
+    of_query = _of_queries(given, blocks, *settings)
+    of_key, of_value = _of_keys(given, blocks, *settings)
     return (
         of_query[:, :, :length, : widths[0]],
         of_key[:, :, :num_keys, : widths[0]],
@@ -189,7 +205,7 @@ def _given_specs(given, tall, wide, of_query, of_key, of_row) -> list[pl.BlockSp
     ]
 
 
-def _of_queries(given, blocks, tall, wide, interpret, dtype):
+def _of_queries(given, blocks, tall, wide, interpret, dtype, softcap):
     query, key = given[:2]
     group = query.shape[1] // key.shape[1]
     of_query = lambda b, h, i, j, fetched: (b, h, i, 0)  # noqa: E731
@@ -207,7 +223,7 @@ def _of_queries(given, blocks, tall, wide, interpret, dtype):
         scratch_shapes=[pltpu.VMEM((tall, query.shape[3]), jnp.float32)],
     )
     return pl.pallas_call(
-        _query_kernel,
+        functools.partial(_query_kernel, softcap),
         grid_spec=grid_spec,
         out_shape=jax.ShapeDtypeStruct(query.shape, dtype),
         compiler_params=_parallel(),
@@ -216,7 +232,7 @@ def _of_queries(given, blocks, tall, wide, interpret, dtype):
     )(_fetched(blocks), *given)
 
 
-def _query_kernel(fetched, query, key, value, gradient, logsumexp, delta, of_query, of_key, out, total):
+def _query_kernel(softcap, fetched, query, key, value, gradient, logsumexp, delta, of_query, of_key, out, total):
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
@@ -225,7 +241,7 @@ def _query_kernel(fetched, query, key, value, gradient, logsumexp, delta, of_que
 
     @pl.when(fetched[b, i, j] == j)
     def _():
-        _, error = _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key)
+        _, error = _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key, softcap)
         total[...] += lax.dot_general(error.astype(key.dtype), key[0, 0], _TN, preferred_element_type=jnp.float32)
 
     @pl.when(j == pl.num_programs(3) - 1)
@@ -233,7 +249,7 @@ def _query_kernel(fetched, query, key, value, gradient, logsumexp, delta, of_que
         out[0, 0] = total[...].astype(out.dtype)
 
 
-def _of_keys(given, blocks, tall, wide, interpret, dtype):
+def _of_keys(given, blocks, tall, wide, interpret, dtype, softcap):
     query, key, value = given[:3]
     group, count = query.shape[1] // key.shape[1], blocks.shape[1]  # the last axis of the grid is both
 
@@ -258,7 +274,7 @@ def _of_keys(given, blocks, tall, wide, interpret, dtype):
         scratch_shapes=[pltpu.VMEM((wide, x.shape[3]), jnp.float32) for x in (key, value)],
     )
     return pl.pallas_call(
-        functools.partial(_key_kernel, count),
+        functools.partial(_key_kernel, count, softcap),
         grid_spec=grid_spec,
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in (key, value)],
         compiler_params=_parallel(),
@@ -268,7 +284,21 @@ def _of_keys(given, blocks, tall, wide, interpret, dtype):
 
 
 def _key_kernel(
-    count, fetched, query, key, value, gradient, logsumexp, delta, of_query, of_key, to_key, to_value, keys, values
+    count,
+    softcap,
+    fetched,
+    query,
+    key,
+    value,
+    gradient,
+    logsumexp,
+    delta,
+    of_query,
+    of_key,
+    to_key,
+    to_value,
+    keys,
+    values,
 ):
     b, j, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -279,7 +309,7 @@ def _key_kernel(
 
     @pl.when(fetched[b, j, lax.rem(n, count)] == lax.rem(n, count))
     def _():
-        weights, error = _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key)
+        weights, error = _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key, softcap)
         dot = functools.partial(lax.dot, preferred_element_type=jnp.float32)
         values[...] += dot(weights.astype(gradient.dtype), gradient[0, 0])
         keys[...] += dot(error.astype(query.dtype), query[0, 0])
@@ -290,14 +320,14 @@ def _key_kernel(
         to_value[0, 0] = values[...].astype(to_value.dtype)
 
 
-def _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key):
-    """The weights, and the gradient of the logits, both [keys, queries]."""
-    logits = lax.dot_general(key[0, 0], query[0, 0], _NT, preferred_element_type=jnp.float32)
+def _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key, softcap):
+    """The weights, and the gradient of the logits before `softcap`, both [keys, queries]."""
+    logits = capped(lax.dot_general(key[0, 0], query[0, 0], _NT, preferred_element_type=jnp.float32), softcap)
     queries, keys = of_query[0], of_key[0]
     reads = visible(*(queries[n : n + 1] for n in range(4)), *(keys[:, n : n + 1] for n in range(4)))
     weights = jnp.where(reads, jnp.exp(logits - logsumexp[0, 0]), 0.0)
     of_weights = lax.dot_general(value[0, 0], gradient[0, 0], _NT, preferred_element_type=jnp.float32)
-    return weights, weights * (of_weights - delta[0, 0])
+    return weights, weights * (of_weights - delta[0, 0]) * slope(logits, softcap)
 
 
 def _tiled(x: Heads, length: int) -> Heads:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from vlm_jax.layers.attention.context import Context, key_order, last_index
+from vlm_jax.layers.attention.context import Context, first_order, key_order, last_index
 
 _LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 QUERY_PADDING = (_LOW, _HIGH, _LOW, 0)  # reads nothing
@@ -33,14 +33,13 @@ class Marks(NamedTuple):
 def marks_of(context: Context, batch: int, num_queries: int, num_keys: int) -> Marks:
     """The marks of a whole sequence; the queries are at the positions of the last keys."""
     index = jnp.arange(num_keys)[None]
-    of_queries = slice(num_keys - num_queries, num_keys)
     last = jnp.full((1, num_queries), _HIGH)
     if context.mask_kind == "causal":
         last = last_index(context, num_queries, num_keys)
     first, order = jnp.full((1, num_queries), _LOW), jnp.zeros((1, num_keys), jnp.int32)
     if context.window is not None:
         order = key_order(context, num_keys)
-        first = order[:, of_queries] - (context.window - 1)
+        first = first_order(context, order, num_queries)
     of_query, of_key = context.query_segments, context.key_segments
     if of_query is None or of_key is None:
         of_query, of_key = jnp.ones((1, num_queries)), jnp.ones((1, num_keys))

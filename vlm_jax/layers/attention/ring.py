@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.layers.attention import flash
 from vlm_jax.layers.attention.marks import Marks, visible
+from vlm_jax.softcap import capped, slope
 from vlm_jax.types import Tree
 
 Heads = Float[Array, "B _ _ _"]  # heads first
@@ -40,22 +41,27 @@ class Local(Protocol):
 
 
 class Kernels(NamedTuple):
-    """By our kernel for TPU; `interpret` as in `flash.flash`."""
+    """By our kernel for TPU; `interpret` and `softcap` as in `flash.flash`."""
 
     interpret: bool
+    softcap: float | None = None
 
     def forward(self, query, key, value, marks):
-        return flash.forward(query, key, value, marks, self.interpret, jnp.float32)
+        return flash.forward(query, key, value, marks, self.interpret, jnp.float32, self.softcap)
 
     def backward(self, query, key, value, marks, logsumexp, delta, gradient):
-        return flash.backward(query, key, value, marks, logsumexp, delta, gradient, self.interpret, jnp.float32)
+        settings = self.interpret, jnp.float32, self.softcap
+        return flash.backward(query, key, value, marks, logsumexp, delta, gradient, *settings)
 
 
 class Products(NamedTuple):
-    """Written out: holds the logits of a device's queries and the keys of one step."""
+    """Written out: holds the logits of a device's queries and the keys of one step; `softcap` as in `Context`."""
+
+    softcap: float | None = None
 
     def forward(self, query, key, value, marks):
-        logits = jnp.where(_reads(marks), _dot("bkgth,bksh->bkgts", _grouped(query, key), key), flash.MASKED)
+        logits = capped(_dot("bkgth,bksh->bkgts", _grouped(query, key), key), self.softcap)
+        logits = jnp.where(_reads(marks), logits, flash.MASKED)
         highest = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - highest)
         sums = weights.sum(-1, keepdims=True)
@@ -66,9 +72,9 @@ class Products(NamedTuple):
     def backward(self, query, key, value, marks, logsumexp, delta, gradient):
         grouped, of_out = _grouped(query, key), _grouped(gradient, key)
         rows = (*grouped.shape[:4], 1)
-        logits = _dot("bkgth,bksh->bkgts", grouped, key)
+        logits = capped(_dot("bkgth,bksh->bkgts", grouped, key), self.softcap)
         weights = jnp.where(_reads(marks), jnp.exp(logits - logsumexp.reshape(rows)), 0.0)
-        error = weights * (_dot("bkgth,bksh->bkgts", of_out, value) - delta.reshape(rows))
+        error = weights * (_dot("bkgth,bksh->bkgts", of_out, value) - delta.reshape(rows)) * slope(logits, self.softcap)
         error, weights = error.astype(query.dtype), weights.astype(gradient.dtype)
         of_query = _dot("bkgts,bksh->bkgth", error, key).reshape(query.shape)
         return of_query, _dot("bkgts,bkgth->bksh", error, grouped), _dot("bkgts,bkgth->bksh", weights, of_out)

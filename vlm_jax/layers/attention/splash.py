@@ -18,6 +18,7 @@ def splash(
     *,
     causal: bool,
     scale: float,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T Q V"]:
     """Attention inside segments; lengths and widths are padded to whole tiles.
@@ -29,6 +30,7 @@ def splash(
       segments: of queries and keys; None where there is one.
       causal: whether a position reads no later one.
       scale: factor of the logits.
+      softcap: as in `Context`.
       interpret: runs the kernel as JAX operations, on any platform.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as module
@@ -43,6 +45,7 @@ def splash(
         block_sizes=module.BlockSizes(
             block_q=tall, block_kv=wide, block_q_dkv=tall, block_kv_dkv=wide, block_q_dq=tall, block_kv_dq=wide
         ),
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
     query = query * jnp.asarray(scale, query.dtype)

@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.softcap import capped
+
 # Bytes of attention weights in `blocked`: of one block of queries of a key head, and of what is computed together.
 # A few times the size of a core's own cache is as fast as that size.
 BLOCK_BYTES, TOGETHER_BYTES = 2**20, 2**22
 _NUM_BLOCKS = 8  # at most, because each is compiled
 
 
-def blocked(query, key, value, mask, causal, scale):
+def blocked(query, key, value, mask, causal, scale, softcap=None):
     """A few key heads of one row at a time, in blocks of queries; causal queries skip the keys after their block."""
     batch, length, heads = query.shape[:3]
     num_keys, kv_heads = key.shape[1:3]
@@ -26,9 +28,8 @@ def blocked(query, key, value, mask, causal, scale):
             stop = min(start + block, length)
             seen = num_keys - length + stop if causal else num_keys
             part = None if mask is None else mask[None, start:stop, :seen]
-            out.append(
-                written(query[None, start:stop], key[None, :seen], value[None, :seen], None, part, None, scale)[0]
-            )
+            arrays = query[None, start:stop], key[None, :seen], value[None, :seen]
+            out.append(written(*arrays, None, part, None, scale, softcap)[0])
         return jnp.concatenate(out)
 
     def of_row(row):
@@ -44,7 +45,7 @@ def blocked(query, key, value, mask, causal, scale):
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
 
 
-def written(query, key, value, past, mask, bias, scale):
+def written(query, key, value, past, mask, bias, scale, softcap=None):
     """Heads first, so that each head is one matrix; the backward pass recomputes the attention weights."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -54,17 +55,18 @@ def written(query, key, value, past, mask, bias, scale):
     num_keys = key.shape[2] + (0 if past is None else past.key.shape[-1])
     rows = (batch, kv_heads, -1, length, num_keys)  # of queries, before they are merged with the group axis
     bias = None if bias is None else bias.astype(jnp.float32).reshape(rows)
-    out = _weighted_mean(query, key, value, past, mask, bias, rows)
+    out = _weighted_mean(query, key, value, past, mask, bias, rows, softcap)
     out = out.reshape(batch, kv_heads, -1, length, out.shape[-1]).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(6,))
-def _weighted_mean(query, key, value, past, mask, bias, rows):
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(6, 7))
+def _weighted_mean(query, key, value, past, mask, bias, rows, softcap):
     """Means of `past` and `value` [B, K, S, H] with weights from `query` [B, K, G * T, H]."""
     logits = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
     if past is not None:
         logits = jnp.concatenate([_matmul(query, past.key), logits], axis=-1)
+    logits = capped(logits, softcap)
     if mask is not None or bias is not None:
         logits = logits.reshape(rows)
         if bias is not None:

@@ -32,6 +32,7 @@ from vlm_jax.pretrained.processing import (
     llava_hf,
     ovis,
     ovis2_hf,
+    paligemma,
     qwen,
     qwen_hf,
     text,
@@ -79,6 +80,8 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
+    "gemma": text.processor,
+    "gemma2": text.processor,
     "gemma3": gemma3.processor,
     "gemma3_text": text.processor,
     "idefics3": idefics3.processor,
@@ -97,6 +100,7 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "ovis": ovis.processor2,
     "ovis2": ovis2_hf.processor,
     "ovis2_5": ovis.processor2_5,
+    "paligemma": paligemma.processor,
     "qwen": qwen.processor,
     "qwen2": text.processor,
     "qwen2_vl": qwen_hf.processor,
@@ -130,6 +134,7 @@ _VIEWS: Mapping[str, MakesViews] = {
     "ovis": ovis.views2,
     "ovis2": ovis2_hf.views,
     "ovis2_5": ovis.views2_5,
+    "paligemma": paligemma.views,
     "qwen": qwen.views,
     "qwen2_vl": qwen_hf.views,
     "qwen2_5_vl": qwen_hf.views,
@@ -159,8 +164,8 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
 }
 # Of these, towers whose position table transformers interpolates for images of any size.
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
-# Included systems whose processor is `grouped`: the tokens of an image attend to each other in both directions.
-GROUPED = frozenset({"gemma3"})
+# Included systems whose processor is `grouped`: tokens of an image, or of a prompt, attend to each other both ways.
+GROUPED = frozenset({"gemma3", "paligemma"})
 # With those that `register_family` of vlm_jax.pretrained adds.
 PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
 IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
