@@ -17,11 +17,13 @@ class HeadKernel(NamedTuple):
       kernel: [V, D] of a table of embeddings, or [D, V].
       vocab_axis: axis of the vocabulary, 0 or 1.
       dtype: dtype of the product; hidden states and kernel are cast to it.
+      softcap: logits are softcap * tanh(product / softcap); None for the product itself.
     """
 
     kernel: Float[Array, "V D"] | Float[Array, "D V"]
     vocab_axis: int
     dtype: Dtype
+    softcap: float | None = None
 
 
 @runtime_checkable

@@ -36,7 +36,8 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale: as in `MultiHeadAttention`.
+      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale, value_norm, value_is_key: as in
+        `MultiHeadAttention`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of all norms.
@@ -46,6 +47,7 @@ class TransformerBlock(nn.Module):
       use_bias: biases on the other linear layers.
       mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
+      output_scale: a factor of the block's output, which is stored and not learned.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
       dtype: dtype of the products.
@@ -69,8 +71,11 @@ class TransformerBlock(nn.Module):
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     qk_scale: float | None = None
+    value_norm: bool = False
+    value_is_key: bool = False
     post_norm: bool = False
     layer_scale: float | None = None
+    output_scale: bool = False
     latent: Config | None = None
     experts: Config | None = None
     dtype: Dtype = jnp.float32
@@ -99,6 +104,9 @@ class TransformerBlock(nn.Module):
             if self.post_norm:
                 out = Norm(name="mlp_post_norm", **norm)(out)
             x = x + self._scaled(out, "mlp_scale")
+            if self.output_scale:
+                factor = self.param("output_scale", with_axes(nn.initializers.ones, axes.NORM), (1,), self.param_dtype)
+                x = x * jax.lax.stop_gradient(factor).astype(self.dtype)[None, None]
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
     def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
@@ -113,6 +121,8 @@ class TransformerBlock(nn.Module):
             qk_norm=self.qk_norm,
             qk_norm_over=self.qk_norm_over,
             qk_scale=self.qk_scale,
+            value_norm=self.value_norm,
+            value_is_key=self.value_is_key,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,

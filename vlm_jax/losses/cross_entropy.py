@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.losses.vocabulary_blocks import Blocks, PerPosition, losses_in_blocks
+from vlm_jax.losses.vocabulary_blocks import Blocks, PerPosition, losses_in_blocks, softcapped
 
 
 class TokenLoss(NamedTuple):
@@ -77,7 +77,7 @@ def head_losses(
         return cast(PerPosition, losses_in_blocks(hidden, kernel, targets, blocks))
     product = "btd,vd->btv" if blocks.vocab_axis == 0 else "btd,dv->btv"
     logits = jnp.einsum(product, hidden.astype(blocks.dtype), kernel.astype(blocks.dtype))
-    return _per_position(logits, targets)
+    return _per_position(softcapped(logits.astype(jnp.float32), blocks.softcap), targets)
 
 
 def _weighted(

@@ -26,12 +26,14 @@ class Blocks(NamedTuple):
       size: ids of one shard in a block.
       shards: equal contiguous parts of the vocabulary, one per device that has a part; every block has ids of each.
       dtype: dtype of the product, as in the head.
+      softcap: logits are softcap * tanh(product / softcap); None for the product itself.
     """
 
     vocab_axis: int
     size: int
     shards: int = 1
     dtype: Dtype = jnp.float32
+    softcap: float | None = None
 
     def count(self, vocab_size: int) -> int:
         """Number of blocks.
@@ -48,10 +50,14 @@ class Blocks(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """One block: float32 logits (-inf for ids of an earlier block), ids, where the id is the target, kernel, start."""
+    """One block: float32 logits (-inf for ids of an earlier block), ids, where the id is the target, kernel, start.
+
+    `fresh` is False for ids of an earlier block.
+    """
 
     logits: Float[Array, "B T S v"]
     ids: Int[Array, "1 1 S v"]
+    fresh: Any
     hit: Any
     kernel: Float[Array, "..."]
     start: Any
@@ -99,6 +105,8 @@ def _backward(blocks: Blocks, kept: tuple[jax.Array, ...], given: PerPosition) -
         block = _block(index, hidden, grouped, targets, blocks)
         shares = jnp.exp(block.logits - logsumexp[..., None, None])
         error = shares * (of_loss + of_logsumexp)[..., None, None] - jnp.where(block.hit, of_loss[..., None, None], 0.0)
+        if blocks.softcap is not None:  # the derivative of tanh; logits of an earlier block are -inf, and have no error
+            error *= jnp.where(block.fresh, 1 - jnp.square(block.logits / blocks.softcap), 0.0)
         error = error.astype(blocks.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         of_hidden += product(f"btsv,{letters}->btd", error, block.kernel)
@@ -113,6 +121,11 @@ def _backward(blocks: Blocks, kept: tuple[jax.Array, ...], given: PerPosition) -
 
 
 losses_in_blocks.defvjp(_forward, _backward)
+
+
+def softcapped(logits: Float[Array, "*batch V"], softcap: float | None) -> Float[Array, "*batch V"]:
+    """softcap * tanh(logits / softcap); the logits themselves where it is None."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _letters(blocks: Blocks) -> str:
@@ -132,7 +145,10 @@ def _block(index: jax.Array, hidden: jax.Array, grouped: jax.Array, targets: jax
     start = jnp.minimum(index * blocks.size, per_shard - blocks.size)
     kernel = jax.lax.dynamic_slice_in_dim(grouped, start, blocks.size, axis).astype(blocks.dtype)
     logits = jnp.einsum(f"btd,{_letters(blocks)}->btsv", hidden.astype(blocks.dtype), kernel).astype(jnp.float32)
+    logits = softcapped(logits, blocks.softcap)
     within = (start + jnp.arange(blocks.size))[None, None, None]
     fresh = within >= index * blocks.size
     ids = per_shard * jnp.arange(blocks.shards)[None, None, :, None] + within
-    return _Block(jnp.where(fresh, logits, -jnp.inf), ids, fresh & (ids == targets[..., None, None]), kernel, start)
+    return _Block(
+        jnp.where(fresh, logits, -jnp.inf), ids, fresh, fresh & (ids == targets[..., None, None]), kernel, start
+    )

@@ -19,6 +19,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.gemma import gemma3
+from vlm_jax.pretrained.gemma4_text import gemma4
 from vlm_jax.pretrained.internlm2 import internlm2
 from vlm_jax.pretrained.llama import (
     llama,
@@ -38,6 +39,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "LLaVAOneVision1_5_text": llava_onevision15,
     "deepseek_v2": deepseek_v2,
     "gemma3_text": gemma3,
+    "gemma4_text": gemma4,
     "internlm2": internlm2,
     "llama": llama,
     "mistral": mistral,

@@ -116,7 +116,7 @@ def final_states(
     hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
     head = cast(HeadKernel, model.apply(variables, method="head_kernel"))
     shape = (*batch.tokens.shape, head.kernel.shape[head.vocab_axis])
-    blocks = Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype)
+    blocks = Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype, head.softcap)
     auxiliary = jnp.asarray(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))) if sown else None
     return cast(jax.Array, hidden), head, blocks, auxiliary
 
