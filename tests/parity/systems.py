@@ -266,6 +266,12 @@ def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER):
     return processor, model, vlm_jax.from_pretrained(folder)
 
 
+def gemma4_moe(folder):
+    """Experts beside the feed-forwards, as in 26B-A4B."""
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12}
+    return gemma4(folder, {**GEMMA4, **experts})
+
+
 def idefics3(folder, processor=None, name="Idefics3", side=35):
     """Its table of positions has another grid than a tile where the sides differ."""
     processor = processor or idefics3_processor()

@@ -62,6 +62,9 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
       value_norm: as in `MultiHeadAttention`.
       output_scale: as in `TransformerBlock`.
       use_bias: biases on the projections of the attention.
+      expert_dim: hidden width of an expert, of mixtures of experts beside the feed-forwards; None for none.
+      num_experts: experts to choose from.
+      num_selected: experts of a token, whose weights are normalised.
       qk_scale: factor of the attention logits; head_dim ** -0.5 when None.
       embedding_scale: factor of embedded text, not of visual tokens; None for none.
       final_logit_softcap: the vocabulary logits are c * tanh(logits / c); None for the logits themselves.
@@ -72,7 +75,8 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
       param_dtype: dtype of the stored parameters.
 
     Raises:
-      ValueError: an order that has not one kind of `kinds` for each block, or heads that do not divide.
+      ValueError: an order that has not one kind of `kinds` for each block, heads that do not divide, or numbers of
+        experts without experts.
 
     Source: Gemma Team 2025 (Gemma 3), section 2, for local and global blocks; transformers, models/gemma4,
     Gemma4TextModel, for heads of their own.
@@ -92,6 +96,9 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
     value_norm: bool = True
     output_scale: bool = True
     use_bias: bool = False
+    expert_dim: Size | None = None
+    num_experts: Size = 1
+    num_selected: Size = 1
     qk_scale: Positive | None = 1.0
     embedding_scale: Positive | None = None
     final_logit_softcap: Positive | None = None
@@ -108,6 +115,8 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
                 f"order: expected for each of {self.depth} blocks the index of one of {len(self.kinds)} kinds, got "
                 f"{self.order}"
             )
+        if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
+            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
         for kind in self.kinds:
             if self.num_heads % kind.num_kv_heads:
                 raise ValueError(f"{kind.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")
@@ -163,7 +172,20 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
             "value_norm": self.value_norm,
             "value_is_key": kind.value_is_key,
             "output_scale": self.output_scale,
+            "experts_beside": self._experts(),
         }
+
+    def _experts(self) -> Fields | None:
+        """Arguments of an `ExpertsBeside`."""
+        if self.expert_dim is None:
+            return None
+        router = {
+            "num_experts": self.num_experts,
+            "num_selected": self.num_selected,
+            "normalize": True,
+            "balance_weight": 0.0,
+        }
+        return {"hidden_dim": self.expert_dim, "router": router}
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up token ids."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.layers.experts_beside import ExpertsBeside
 from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
@@ -50,6 +51,8 @@ class TransformerBlock(nn.Module):
       output_scale: a factor of the block's output, which is stored and not learned.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
+      experts_beside: arguments of an `ExpertsBeside`, whose output is added to the `Mlp`'s, which then has a norm of
+        its own; both read x. None for none.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -78,6 +81,7 @@ class TransformerBlock(nn.Module):
     output_scale: bool = False
     latent: Config | None = None
     experts: Config | None = None
+    experts_beside: Config | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -101,6 +105,10 @@ class TransformerBlock(nn.Module):
         if half != "attention":
             mlp = self._feed_forward(settings)
             out = mlp(Norm(name="mlp_norm", **norm)(x))
+            if self.experts_beside is not None:
+                shared = {"activation": self.activation, "norm": self.norm, "norm_epsilon": self.norm_epsilon}
+                beside = ExpertsBeside(name="experts_beside", **shared, **self.experts_beside, **settings)
+                out = Norm(name="mlp_own_norm", **norm)(out) + beside(x)
             if self.post_norm:
                 out = Norm(name="mlp_post_norm", **norm)(out)
             x = x + self._scaled(out, "mlp_scale")

@@ -1,11 +1,11 @@
 """The language model of Gemma 4: blocks that are local, with a window, or global, with wider heads.
 
-Not read: layers with embeddings of their own or with shared keys and values (E2B, E4B), and experts (26B-A4B).
+Layers with embeddings of their own or with shared keys and values (E2B, E4B) are not read.
 """
 
 from collections.abc import Mapping
 
-from vlm_jax.checkpoints.maps.gemma4 import block_rules
+from vlm_jax.checkpoints.maps.gemma4 import block_rules, expert_rules
 from vlm_jax.checkpoints.maps.torch_layers import rms_norm
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.decoders.mixed import BlockKind, MixedTransformer
@@ -45,6 +45,9 @@ TEXT_DEFAULTS: Fields = {
     "attention_k_eq_v": False,
     "num_kv_shared_layers": 0,
     "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
     "global_head_dim": 512,
     "num_global_key_value_heads": None,
     "per_layer_config": None,
@@ -58,7 +61,6 @@ _ROPES: Fields = {
 _UNREAD = {
     "hidden_size_per_layer_input": (0, "embeddings of each layer's own (E2B, E4B)"),
     "num_kv_shared_layers": (0, "layers that share keys and values (E2B, E4B)"),
-    "enable_moe_block": (False, "experts beside the feed-forward (26B-A4B)"),
 }
 
 
@@ -98,15 +100,34 @@ def gemma4(
         embedding_scale=settings["hidden_size"] ** 0.5,
         final_logit_softcap=settings["final_logit_softcapping"],
         tie_embeddings=tied,
+        **_experts(settings, where),
         **dtypes,
     )
     rules = [*rms_norm("norm", "final_norm")]
     for name, start, stop in decoder.stacks():
         own = not kinds[order[start]].value_is_key
         rules += block_rules(f"{name}/layers", range(start, stop), value=own, bias=bias)
+        if decoder.expert_dim is not None:
+            rules += expert_rules(f"{name}/layers", range(start, stop), decoder.expert_dim)
     table, head = f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight"
     whole = (*prefixed(rules, names.trunk), *vocabulary(table, head, checkpoint, where, tied=tied))
     return LanguageModel(decoder, whole)
+
+
+def _experts(settings: Config, where: str) -> Fields:
+    """Fields of the experts beside the feed-forwards, if there are any."""
+    if not settings["enable_moe_block"]:
+        return {}
+    names = {"moe_intermediate_size": "expert_dim", "num_experts": "num_experts", "top_k_experts": "num_selected"}
+    missing = [key for key in names if settings[key] is None]
+    if missing:
+        raise PretrainedError(f"{where}: enable_moe_block needs the keys {', '.join(missing)}, got null")
+    if settings["top_k_experts"] > settings["num_experts"]:
+        raise PretrainedError(
+            f"{where}.top_k_experts: expected at most num_experts, {settings['num_experts']}, got "
+            f"{settings['top_k_experts']}"
+        )
+    return {ours: settings[key] for key, ours in names.items()}
 
 
 def _kinds(settings: Config, where: str) -> tuple[tuple[BlockKind, ...], tuple[int, ...]]:
