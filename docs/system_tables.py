@@ -127,6 +127,13 @@ ROWS = (
         live="question to answer, loss, gradients, and back",
     ),
     Row(
+        "Gemma 4 (31B, 26B-A4B)",
+        ("gemma4", "gemma4_vision"),
+        "native resolution, means of 3x3 patches, Gemma with local and global layers of different heads, with or "
+        "without experts, both-ways attention in images in local layers; no audio",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
         "Idefics3, SmolVLM, SmolVLM2",
         ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"),
         "SigLIP tiles named in the text, pixel shuffle, Llama; SmolVLM: videos as frames with their times",
@@ -146,11 +153,11 @@ ROWS = (
         "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
     ),
     Row(
-        "Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, InternLM2, DeepSeek-V2",
+        "Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Gemma 4, InternLM2, DeepSeek-V2",
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
-            *("gemma", "gemma2", "gemma3_text"),
+            *("gemma", "gemma2", "gemma3_text", "gemma4_text"),
         ),
         "only the language model",
         "InternLM2 inside InternVL",

@@ -22,6 +22,7 @@ ENCODERS = {
     "windows": {**VIT, "kind": "qwen_vit", "depth": 2, "window_size": 48, "full_layers": (1,)},
     "unmerged": {**VIT, "kind": "qwen_vit"},
     "siglip2_navit": VIT,
+    "axial_vit": VIT,
     "rice_vit": VIT,
     "naflex": {**VIT, "table_grid": (4, 4)},
 }
@@ -29,6 +30,7 @@ CONNECTORS = {
     "qwen_vit": {"kind": "concat"},
     "windows": {"kind": "pixel_shuffle"},
     "rice_vit": {"kind": "concat"},
+    "axial_vit": {"kind": "block_mean"},
     "siglip2_navit": {"kind": "visual_vocabulary", "vocab_size": 12},
 }
 

@@ -132,24 +132,25 @@ FORMS: dict[str, Form] = _table(
         COUNT,
         """hidden_size intermediate_size num_attention_heads embed_dim width heads num_heads out_hidden_size
         output_channels output_dim n_embed input_dim kv_channels
-        moe_intermediate_size projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
+        projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
-        text_hidden_size sliding_window_pattern mm_tokens_per_image""",
+        text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size""",
     ),
     (
         COUNT | NULL,
         """num_key_value_heads head_dim mlp_dim projection_size kv_lora_rank q_lora_rank n_routed_experts
         n_shared_experts num_experts_per_tok n_group topk_group pooler_output_size representation_size nposemb
-        max_num_patches num_experts num_local_experts""",
+        max_num_patches num_experts num_local_experts num_global_key_value_heads moe_intermediate_size top_k_experts""",
     ),
     (AT_LEAST_0 | NULL, "num_classes"),
+    (AT_LEAST_0, "hidden_size_per_layer_input num_kv_shared_layers"),
     (AT_LEAST_0, "num_register_tokens first_k_dense_replace qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (DEPTH, "depth num_hidden_layers resampler_depth"),
     (DEPTH | list_of(DEPTH, 4), "layers"),
     (DEPTH | list_of(DEPTH), "num_layers"),
-    (ROWS, "vocab_size max_position_embeddings seq_length context_length visual_vocab_size"),
+    (ROWS, "vocab_size max_position_embeddings seq_length context_length visual_vocab_size position_embedding_size"),
     (ROWS | NULL, "original_max_position_embeddings model_max_len tokenizer_model_max_length max_sequence_length"),
     (AT_LEAST_0 | NULL, "sliding_window max_window_layers window_size"),
     (whole(-1, 1 << 20), "num_patches"),
@@ -183,7 +184,8 @@ FORMS: dict[str, Form] = _table(
         drop_cls_token no_bias scale_attn_weights use_dynamic_ntk use_logn_attn multimodal_projector_bias norm_topk_prob
         preserve_original_pe s2 seq_aux token_pooling use_abs_pos use_rel_pos use_mla use_rope use_sliding_window
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
-        use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square""",
+        use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square
+        standardize use_clipped_linears attention_k_eq_v enable_moe_block""",
     ),
     (
         TEXT,
@@ -193,7 +195,7 @@ FORMS: dict[str, Form] = _table(
         image_model global_view_pos vision_aspect_ratio""",
     ),
     (TEXT | NULL, "mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version"),
-    (SECTION | NULL, "rope_scaling rope_parameters"),
+    (SECTION | NULL, "rope_scaling rope_parameters per_layer_config"),
     (
         Form(
             "an object of numbers and names",
@@ -221,14 +223,16 @@ FORMS: dict[str, Form] = _table(
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan
-        use_bidirectional_attention""",
+        add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan""",
     ),
+    (FLAG | TEXT | NULL, "use_bidirectional_attention"),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
     (AREA | NULL, "num_frames min_frames max_frames max_video_tokens"),
     (SIDE | NULL, "pan_and_scan_min_crop_size"),
     (whole(1, 256) | NULL, "pan_and_scan_max_num_crops"),
+    (whole(1, 1 << 16) | NULL, "max_soft_tokens"),
+    (NUMBER | NULL, "audio_ms_per_token"),  # which is no role of a token
     (POSITIVE | NULL, "pan_and_scan_min_ratio_to_activate"),
     (whole(1, 1 << 16) | NULL, "image_seq_length image_seq_len num_image_tokens min_size"),
     (list_of(whole(0, 255), 3) | NULL, "background_color"),

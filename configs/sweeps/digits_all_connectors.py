@@ -9,6 +9,7 @@ from configs.sweeps import digits_token_budget
 CONNECTORS = {
     "pool": {},
     "concat": {},
+    "block_mean": {},
     "pixel_shuffle": {},
     "visual_vocabulary": {"vocab_size": 256},
     "ldp": {},

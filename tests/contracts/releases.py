@@ -132,6 +132,11 @@ _PALIGEMMA = {
     "model.multi_modal_projector.linear.weight": (1, 1),
     "model.language_model.embed_tokens.weight": (1, 1),
 }
+_GEMMA4 = {
+    "model.vision_tower.patch_embedder.position_embedding_table": (2, 1, 1),
+    "model.embed_vision.embedding_projection.weight": (1, 1),
+    "model.language_model.embed_tokens.weight": (1, 1),
+}
 _SPLIT_TAGS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
 _SPLIT_FILES = {
     "preprocessor_config.json": {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
@@ -294,6 +299,40 @@ FOLDERS = {
         names=_PALIGEMMA,
         added=("<image>",),
         files={"preprocessor_config.json": {"size": {"height": 16, "width": 16}, "image_seq_length": 16}},
+    ),
+    "gemma4": Folder(
+        {
+            "model_type": "gemma4",
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 2,
+                "position_embedding_size": 64,
+                "standardize": True,
+            },
+            "text_config": {
+                **TEXT,
+                "model_type": "gemma4_text",
+                "head_dim": 8,
+                "global_head_dim": 12,
+                "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "hidden_size_per_layer_input": 0,
+                "final_logit_softcapping": 20.0,
+                "use_bidirectional_attention": "vision",
+            },
+        },
+        names=_GEMMA4,
+        added=("<|image>", "<|image|>", "<image|>", "<|video|>"),
+        image="<|image|>",
+        files={"preprocessor_config.json": {"patch_size": 2, "max_soft_tokens": 70}},
+        options={"max_visual_tokens": 12},
     ),
     "idefics3": Folder(
         {

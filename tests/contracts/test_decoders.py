@@ -11,6 +11,7 @@ from flax import linen as nn
 from vlm_jax import decoders
 from vlm_jax.costs.flops import count_flops
 from vlm_jax.decoders import DECODERS
+from vlm_jax.decoders.mixed import BlockKind
 from vlm_jax.layers.rope import Rope
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
@@ -59,6 +60,21 @@ OPTIONS = {
         },
     ),
 }
+OPTIONS["mixed with a local block, experts beside feed-forwards, a cap and values of keys"] = (
+    "mixed",
+    {
+        "kinds": (
+            BlockKind(8, 1, Rope(10.0), 3),
+            BlockKind(12, 2, Rope(100.0, "proportional", rotated_share=0.5), value_is_key=True, reads_groups=False),
+        ),
+        "order": (0, 1),
+        "expert_dim": 8,
+        "num_experts": 4,
+        "num_selected": 2,
+        "logit_softcap": 3.0,
+        "embedding_scale": 4.0,
+    },
+)
 CASES = {**{kind: (kind, {}) for kind in DECODERS}, **OPTIONS}
 
 every_kind = pytest.mark.parametrize("kind", CASES)

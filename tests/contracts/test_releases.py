@@ -52,6 +52,7 @@ TOKENS = {
     "deepseek_vl_hybrid": (16, 1),
     "deepseek_vl_v2": (4, 2),
     "gemma3": (16, 3),
+    "gemma4": (8, 1),
     "idefics3": (4, 3),
     "internvl": (4, 3),
     "internvl_chat": (16, 3),
@@ -74,7 +75,7 @@ TOKENS = {
 }
 # Tokens of the tiles behind the whole, where they have another size.
 PARTS = {"deepseek_ocr": (4, 4)}
-PACKED = ("llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PACKED = ("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.decoders import DECODERS
+from vlm_jax.decoders.mixed import BlockKind
 from vlm_jax.layers.rope import Rope
 
 from ..contracts.kinds import SIZES, small
@@ -19,10 +20,15 @@ def logits(decoder, tokens, positions, segments, cache=None):
     return decoder.logits(hidden), cache
 
 
+def with_rope(kind, rope):
+    """The fields of a decoder whose layers all have one rope."""
+    return {"kinds": (BlockKind(8, 1, rope), BlockKind(12, 1, rope))} if kind == "mixed" else {"rope": rope}
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_prompt_that_is_continued_keeps_its_angles(kind):
     """Prompts of two and of four tokens, the first padded on the left, and one token more."""
-    decoder = small(DECODERS[kind], rope=Rope(50.0, "dynamic_prompt", original_length=2))
+    decoder = small(DECODERS[kind], **with_rope(kind, Rope(50.0, "dynamic_prompt", original_length=2)))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SIZES["vocab_size"], size=(2, 5)), jnp.int32)
     positions = jnp.array([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
     segments = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -40,7 +46,7 @@ def test_a_prompt_that_is_continued_keeps_its_angles(kind):
     np.testing.assert_array_equal(cache.prompt_length, [2, 4])
     # Angles grow beyond 2, 4 and 8 positions; were they of the length so far, both rows would be a step further.
     # Where they grow beyond 3 and 6, sequences of three and of five have those of the prompts.
-    other = decoder.clone(rope=Rope(50.0, "dynamic_prompt", original_length=3))
+    other = decoder.clone(**with_rope(kind, Rope(50.0, "dynamic_prompt", original_length=3)))
     expected, _ = jax.jit(functools.partial(other.apply, params, method=logits))(tokens, positions, segments)
     np.testing.assert_allclose(got[:, 0], expected[:, 4], atol=2e-5)
     followed, _ = jax.jit(functools.partial(decoder.apply, params, method=logits))(tokens, positions, segments)

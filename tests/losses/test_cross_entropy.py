@@ -162,3 +162,25 @@ def test_gradients_of_bfloat16_blocks_are_summed_in_float32():
 def test_blocks_that_cannot_be_are_an_error(blocks):
     with pytest.raises(ValueError, match="expected at least 1 id in a block and a vocabulary of equal shards"):
         by_blocks(np.ones((1, 2, 3)), np.ones((3, 7)), np.zeros((1, 2), np.int32), np.ones((1, 2)), blocks)
+
+
+@pytest.mark.parametrize("size", [7, 3])
+def test_capped_logits_in_blocks(size):
+    """Value and gradients of -log softmax(c tanh(logits / c)), in one block and in several, in float64."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.normal(size=(2, 4, 5)), rng.normal(size=(7, 5))
+    targets, cap = rng.integers(0, 7, size=(2, 4)), 1.5
+    weights = np.ones((2, 4), np.float32)
+
+    def loss(hidden, kernel):
+        blocks = Blocks(0, size, softcap=cap)
+        return head_cross_entropy(hidden, kernel, jnp.asarray(targets), jnp.asarray(weights), blocks=blocks).value
+
+    given = jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    value, found = jax.value_and_grad(loss, (0, 1))(*given)
+    squashed = np.tanh(hidden @ kernel.T / cap)
+    log_shares, ones = log_softmax(cap * squashed, axis=-1), np.eye(7)[targets]
+    np.testing.assert_allclose(value, -(log_shares * ones).sum() / 8, rtol=1e-5)
+    error = (np.exp(log_shares) - ones) * (1 - squashed**2) / 8
+    np.testing.assert_allclose(found[0], error @ kernel, atol=1e-6)
+    np.testing.assert_allclose(found[1], np.einsum("btv,btd->vd", error, hidden), atol=1e-6)

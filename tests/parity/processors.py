@@ -13,6 +13,9 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
     DeepseekVLHybridImageProcessorPil,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
@@ -358,3 +361,34 @@ def paligemma_processor(side=24, tokens=16):
     images = SiglipImageProcessorPil(size={"height": side, "width": side})
     images.image_seq_length = tokens
     return transformers.PaliGemmaProcessor(images, made)
+
+
+def gemma4_processor(images=140, videos=70):
+    """With the names of the release's special tokens; of images and of frames that many tokens at most."""
+    names = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    return transformers.Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessorPil(patch_size=2, max_soft_tokens=images),
+        tokenizer("<|video|>", **names),
+        Gemma4VideoProcessor(patch_size=2, max_soft_tokens=videos, do_sample_frames=False),
+        chat_template=template("<|image|>", video="<|video|>"),
+    )
+
+
+def filled_patches(theirs, kind, side):
+    """Gemma 4's patches of images or of a video's frames, in blocks and scaled as its tower does, without padding."""
+    pixels = theirs[f"pixel_values{'_videos' if kind == 'video' else ''}"]
+    found = []
+    for patches, places in zip(np.asarray(pixels), np.asarray(theirs[f"{kind}_position_ids"]), strict=True):
+        real = (places >= 0).all(-1)
+        columns, rows = places[real].max(0) + 1
+        blocks = patches[real].reshape(rows // side, side, columns // side, side, -1).swapaxes(1, 2)
+        found.append(blocks.reshape(rows * columns, -1))
+    return 2 * np.concatenate(found) - 1

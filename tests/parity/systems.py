@@ -12,6 +12,7 @@ from .processors import (
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
     gemma3_processor,
+    gemma4_processor,
     idefics3_processor,
     internvl_processor,
     llava_next_processor,
@@ -223,6 +224,74 @@ def paligemma2(folder):
     caps = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 8.0}
     own = {"num_hidden_layers": 3, "query_pre_attn_scalar": 10, "sliding_window": 7, **caps}
     return paligemma(folder, model_type="gemma2", **own)
+
+
+GEMMA4 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 7,  # less than a turn
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": False,
+    "use_bidirectional_attention": "vision",
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+GEMMA4["layer_types"] = [*GEMMA4["layer_types"][:4], "full_attention"]
+GEMMA4_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "patch_size": 2,
+    "position_embedding_size": 128,
+    "standardize": True,
+}
+
+
+def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER):
+    """Values that are stored and not learned are random, too."""
+    processor = gemma4_processor()
+    vocabulary = processor.tokenizer
+    ids = {f"{name}_token_id": vocabulary.convert_tokens_to_ids(f"<|{name}|>") for name in ("image", "video", "audio")}
+    config = transformers.Gemma4Config(
+        vision_config=vision,
+        text_config={"vocab_size": len(vocabulary), "pad_token_id": vocabulary.pad_token_id, **text},
+        audio_config=None,
+        tie_word_embeddings=False,  # a tied random head says what it was last told
+        **ids,
+    )
+    model = randomised(transformers.Gemma4ForConditionalGeneration(config))
+    for name, stored in model.named_buffers():
+        if name.endswith(("layer_scalar", "std_scale")):
+            stored.uniform_(0.7, 1.3)
+        elif name.endswith("std_bias"):
+            stored.normal_(std=0.3)
+    with torch.no_grad():
+        model.lm_head.weight[256:] = 0  # their model reads a placeholder in an answer as padding
+    save(processor, folder)
+    model.save_pretrained(folder)
+    return processor, model, vlm_jax.from_pretrained(folder)
+
+
+def gemma4_moe(folder):
+    """Experts beside the feed-forwards, as in 26B-A4B."""
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12}
+    return gemma4(folder, {**GEMMA4, **experts})
 
 
 def idefics3(folder, processor=None, name="Idefics3", side=35):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import deepseek_hf, gemma3, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+from vlm_jax.pretrained.processing import deepseek_hf, gemma3, gemma4, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+from vlm_jax.processors.filled import filled_size
 from vlm_jax.processors.video import EveryFrame, SegmentSampler
 
 from .processors import (
@@ -277,6 +279,14 @@ def test_gemma3_with_pan_and_scan(tmp_path):
         np.testing.assert_array_equal(batch.group_ids > 0, inputs["token_type_ids"])
         check_rows(batch, theirs.tokenizer.image_token_id, 4 * len(inputs["pixel_values"]))
     assert batch.images.shape[1] == 5 + 2 + 3 + 0 + 3 + 2
+
+
+def test_sizes_of_gemma4():
+    draw = np.random.default_rng(0)
+    for height, width, tokens in zip(*draw.integers(1, 5000, (2, 200)), draw.choice(gemma4.BUDGETS, 200), strict=True):
+        size = int(height), int(width)
+        wanted = get_aspect_ratio_preserving_size(*size, 16, 9 * int(tokens), 3)
+        assert filled_size(size, 48, 0, int(tokens) * 48**2) == wanted
 
 
 @pytest.mark.parametrize("tiles", [False, True])

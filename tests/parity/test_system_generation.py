@@ -21,6 +21,7 @@ from vlm_jax.generation.text import Completion, complete
 from .processors import (
     ABOUT_A_VIDEO,
     conversation,
+    filled_patches,
     frames,
     llava_processor,
     official,
@@ -37,6 +38,8 @@ from .systems import (
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
+    gemma4,
+    gemma4_moe,
     idefics3,
     internvl,
     internvl_moe,
@@ -64,6 +67,8 @@ SYSTEMS = (
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
+    gemma4,
+    gemma4_moe,
     idefics3,
     internvl,
     internvl_moe,
@@ -76,7 +81,7 @@ SYSTEMS = (
 )
 
 
-VIDEOS = ("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+VIDEOS = ("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
 FPS = 2.0
@@ -123,6 +128,9 @@ def said(system, *conversation):
 def same_pixels(ours, theirs, kind):
     if "high_res_pixel_values" in theirs:
         same_two_sizes(ours, theirs, kind)
+    elif places := {"image_position_ids", "video_position_ids"} & set(theirs):
+        wanted = filled_patches(theirs, places.pop().removesuffix("_position_ids"), kind.pooling_kernel_size)
+        np.testing.assert_allclose(patches_of(ours.images), wanted, atol=1e-5)
     elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
         wanted = np.asarray(theirs[name.pop()])
         if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT

@@ -33,6 +33,8 @@ from .systems import (
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
+    gemma4,
+    gemma4_moe,
     idefics3,
     internvl,
     llava,
@@ -55,6 +57,8 @@ SYSTEMS = (
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
+    gemma4,
+    gemma4_moe,
     idefics3,
     internvl,
     ovis2,
@@ -203,6 +207,8 @@ def theirs_trained(case: Case, folder) -> Trained:
             with torch.no_grad():
                 for into, own in zip(held.parameters(), model.parameters(), strict=True):
                     into.copy_(torch.zeros_like(own) if own.grad is None else own.grad)
+                for stored in held.buffers():  # which are not learned
+                    stored.zero_()
             gradients = case.through_map(held, folder / "gradients")
         torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)
         optimizer.step()

@@ -99,6 +99,9 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "google/paligemma2-3b-pt-896": (3_036_666_096, 0),
     "google/paligemma2-10b-pt-224": (9_662_638_832, 0),
     "google/paligemma2-28b-pt-224": (27_650_487_024, 0),
+    # The same, with what is stored and not learned; 30.7 and 25.2 billion by the README, without the tower.
+    "google/gemma-4-26B-A4B-it": (25_805_936_206, 0),
+    "google/gemma-4-31B-it": (31_273_088_876, 0),
     "google/siglip-base-patch16-224": (203_155_970, 0),
     "google/siglip-large-patch16-384": (652_478_466, 0),
     "google/siglip-so400m-patch14-224": (877_360_306, 0),

@@ -14,6 +14,7 @@ from tests.golden.conftest import DATA
 from vlm_jax.checkpoints.hub import open_checkpoint, read_config
 from vlm_jax.checkpoints.params import import_params
 from vlm_jax.checkpoints.saving import save_checkpoint
+from vlm_jax.decoders.mixed import BlockKind
 from vlm_jax.layers.rope import Rope
 from vlm_jax.pretrained.family import Names, PretrainedError
 from vlm_jax.pretrained.language import language_model
@@ -213,6 +214,37 @@ def test_gemma_3_of_older_and_of_newer_files():
         ({"sliding_window": None}, "sliding_window: layers of sliding_attention need a positive number, got None"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected None, got 30.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False or None, got True"),
+    ):
+        with pytest.raises(PretrainedError, match=told):
+            language_model({**text, **more}, {}, "config", **DTYPES)
+
+
+def test_gemma_4_of_released_and_of_newer_files():
+    """The release names the heads of global layers; files that transformers writes name those of every layer."""
+    text = {**TINY, "model_type": "gemma4_text", "num_hidden_layers": 4, "sliding_window": 8, "head_dim": 2}
+    text |= {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_attention_heads": 2}
+    types = ["sliding_attention", "full_attention"] * 2
+    released = {"layer_types": types, "global_head_dim": 6, "num_global_key_value_heads": 1}
+    both = {str(number): {"head_dim": 6, "num_key_value_heads": 1} for number in (1, 3)}
+    local = BlockKind(2, text["num_key_value_heads"], Rope(10_000.0), 8)
+    whole = BlockKind(6, 1, Rope(1e6, "proportional", rotated_share=0.25), None, True, False)
+    for more in (released, {"layer_types": types, "per_layer_config": both}):
+        decoder = language_model({**text, **more}, {}, "config", **DTYPES).decoder
+        assert decoder.kinds == (local, whole) and decoder.order == (0, 1, 0, 1) and decoder.windows == (8, None) * 2
+    decoder = language_model({**text, "layer_types": ["sliding_attention"] * 4}, {}, "config", **DTYPES).decoder
+    assert decoder.order == (0, 0, 0, 1)  # the last layer is global, whatever is stated
+    moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 3}
+    for more, told in (
+        ({"hidden_size_per_layer_input": 256}, r"layer's own \(E2B, E4B\) are not supported; expected 0, got 256"),
+        ({"num_kv_shared_layers": 2}, r"layers that share keys and values \(E2B, E4B\) are not supported"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention: expected None or 'vision', got 'all'"),
+        ({"layer_types": types[:3]}, "layer_types: expected 4, one per layer, got 3"),
+        ({"sliding_window": None}, "sliding_window: layers of sliding_attention need a positive number, got None"),
+        ({"per_layer_config": {"4": {}}}, "per_layer_config: expected numbers of layers from 0 to 3, got '4'"),
+        ({"per_layer_config": {"3": {"a": 1}}}, "per_layer_config.3: expected an object with head_dim and num_key"),
+        ({"rope_parameters": {"sliding_attention": None}}, "expected a set of settings for sliding_attention"),
+        ({**moe, "num_experts": None}, "enable_moe_block needs the keys num_experts, got null"),
+        ({**moe, "top_k_experts": 5}, "top_k_experts: expected at most num_experts, 4, got 5"),
     ):
         with pytest.raises(PretrainedError, match=told):
             language_model({**text, **more}, {}, "config", **DTYPES)

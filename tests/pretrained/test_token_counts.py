@@ -35,6 +35,7 @@ PUBLISHED = [
     ("google/paligemma-3b-pt-224", (720, 1280), 256),
     ("google/paligemma-3b-pt-448", (720, 1280), 1024),
     ("google/paligemma2-3b-pt-896", (720, 1280), 4096),
+    ("google/gemma-4-31B-it", (672, 960), 14 * 20),  # the README: 280 a picture, unless told
     # Li et al. 2024, section 3.2: 729 a tile, of at most 9 besides the whole; newlines besides.
     ("llava-hf/llava-onevision-qwen2-7b-ov-hf", (1152, 1152), 729 + 81 * 81 + 81),
     ("AIDC-AI/Ovis2-8B", (448, 448), 256 + 3),  # one tile, its start, the end of a row, and the end
@@ -64,6 +65,9 @@ def test_a_budget_is_met_by_the_image_or_not_at_all():
     assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 64) == (64 + 8 + 1,) * 2
     assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 100) == (100 + 10 + 1,) * 2
     assert count_tokens("deepseek-ai/DeepSeek-OCR", sizes, 63) == (None, None)
+    # The release's own numbers may be more than it takes untold; others are bounds.
+    for budget, taken in ((70, 66), (140, 120), (280, 264), (560, 527), (1120, 1100), (600, 264), (100, 91)):
+        assert count_tokens("google/gemma-4-31B-it", [(720, 1280)], budget) == (taken,)
     assert "| - |" in markdown(count_all(["llava-hf/llava-v1.6-mistral-7b-hf"], sizes, 576), sizes)
 
 

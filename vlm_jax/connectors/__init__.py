@@ -26,6 +26,7 @@ A package outside of vlm_jax adds its kinds by `register_connector`; see `vlm_ja
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.connectors.block_mean import BlockMean
 from vlm_jax.connectors.c_abstractor import CAbstractor
 from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.connector import Connector
@@ -48,6 +49,7 @@ _OWN: Mapping[str, type[Connector]] = {
     "hybrid_mlp": HybridMlp,
     "pool": Pool,
     "concat": Concat,
+    "block_mean": BlockMean,
     "pixel_shuffle": PixelShuffle,
     "visual_vocabulary": VisualVocabulary,
     "ldp": LDP,
@@ -59,7 +61,7 @@ _OWN: Mapping[str, type[Connector]] = {
     "token_packer": TokenPacker,
     "matryoshka": Matryoshka,
 }
-_PACKED = ("mlp", "concat", "pixel_shuffle", "visual_vocabulary")
+_PACKED = ("mlp", "concat", "block_mean", "pixel_shuffle", "visual_vocabulary")
 
 CONNECTORS = Registry("register_connector", _OWN, lacking_of_class(Connector))
 PACKED_CONNECTORS = Registry("register_connector", {kind: _OWN[kind] for kind in _PACKED}, lacking_of_class(Connector))

@@ -193,6 +193,11 @@ class DropsTokens:
     def context(self, rows: Rows) -> Context:
         """The attention context of a sequence without a cache."""
 
+    def context_in(self, name: str, context: Context) -> Context:
+        """The attention context of a stack, from that of the sequence; the same where stacks do not differ."""
+        del name
+        return context
+
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Factor of every query, or None."""
         del positions
@@ -290,8 +295,8 @@ class DropsTokens:
             pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
             unlike = unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number)
             return rows, unlike.astype(jnp.float32)
-        stack, layer = self._stack_of(coming.ranked_by)
-        context = stack.context_of(layer, self.context(rows))
+        name, layer = self._stack_of(coming.ranked_by)
+        context = self._stack(name).context_of(layer, self.context_in(name, self.context(rows)))
         if coming.rating is None or raters is None:
             return rows, attention_saliency(heads, context, places.ranking.astype(jnp.float32))
         left = jnp.take_along_axis(raters, rows.index[:, None], axis=2, mode="fill", fill_value=False)
@@ -315,9 +320,9 @@ class DropsTokens:
         """The stack that `setup` made under a name."""
         return getattr(self, name)
 
-    def _stack_of(self, layer: int) -> tuple[TransformerStack, int]:
-        """The stack of a layer, and its index there."""
-        return next((self._stack(name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop)
+    def _stack_of(self, layer: int) -> tuple[str, int]:
+        """The name of a layer's stack, and its index there."""
+        return next((name, layer - start) for name, start, stop in self.stacks() if start <= layer < stop)
 
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
@@ -331,22 +336,22 @@ class DropsTokens:
         pieces = [(name, max(start, a), min(stop, b), a, b) for name, a, b in self.stacks() if a < stop and b > start]
         written = []
         for number, (name, first, last, a, b) in enumerate(pieces):
-            stack = self._stack(name)
+            stack, inside = self._stack(name), self.context_in(name, context)
             own = held[number] if held else None
             if coming is not None and coming.ranked_by == last - 1 == stop - 1:
                 head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
-                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head, levels=rows.levels_of(a, first))
-                x, tail, heads = stack.attend(x, context, last - 1 - a, cache=tail)
+                x, head = stack.run(x, inside, first - a, last - 1 - a, cache=head, levels=rows.levels_of(a, first))
+                x, tail, heads = stack.attend(x, inside, last - 1 - a, cache=tail)
                 x = stack.feed_forward(x, last - 1 - a, levels=rows.levels_of(a, last - 1))
                 own = tail if head is None or tail is None else head.joined(tail)
             elif (first, last) == (a, b):
-                x, own, _ = stack(x, context, cache=own, levels=rows.levels_of(a, first))
+                x, own, _ = stack(x, inside, cache=own, levels=rows.levels_of(a, first))
             else:
-                x, own = stack.run(x, context, first - a, last - a, cache=own, levels=rows.levels_of(a, first))
+                x, own = stack.run(x, inside, first - a, last - a, cache=own, levels=rows.levels_of(a, first))
             written.append(own)
         if coming is not None and heads is None:
-            stack, layer = self._stack_of(coming.ranked_by)
-            heads = stack.attend(x, self.context(rows), layer)[2]
+            name, layer = self._stack_of(coming.ranked_by)
+            heads = self._stack(name).attend(x, self.context_in(name, self.context(rows)), layer)[2]
         if cache is not None:  # a span without layers has nothing to write
             segments = rows.segment_ids
             fresh = tuple(written) if _as_tuple(cache.layers) is cache.layers else next(iter(written), None)

@@ -10,6 +10,7 @@ defines how the processor patchifies and packs. `COMPOSITE_ENCODERS` contain oth
 from collections.abc import Mapping
 
 from vlm_jax.encoders.aimv2 import AIMv2
+from vlm_jax.encoders.axial_vit import AxialViT
 from vlm_jax.encoders.cascade import Cascade
 from vlm_jax.encoders.encoder import Encoder, ImageEncoder, PackedEncoder
 from vlm_jax.encoders.hybrid import Hybrid
@@ -29,6 +30,7 @@ COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {
     "multiscale": MultiScale,
 }
 PACKED_ENCODERS: Mapping[str, type[PackedEncoder]] = {
+    "axial_vit": AxialViT,
     "naflex": NaflexViT,
     "qwen_vit": QwenViT,
     "rice_vit": RiceViT,

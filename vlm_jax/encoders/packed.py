@@ -17,7 +17,7 @@ from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
 from vlm_jax.ranges import Depth, Few, Index, Natural, NonNegative, PatchSide, Positive, Size
-from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
+from vlm_jax.types import PADDING_SEGMENT, Dtype, Fields, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class PackedTrunk(nn.Module, kw_only=True):
@@ -127,6 +127,10 @@ class PackedTrunk(nn.Module, kw_only=True):
             return None
         return rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
 
+    def attention_fields(self) -> Fields:
+        """Arguments of `TransformerBlock` beside the sizes, the activation and the norms; none by default."""
+        return {}
+
     def encode(self, x: Float[Array, "B N D"], packed: PackedPatches, *, collect: bool) -> VisualFeatures:
         """Runs the blocks; to be called inside a subclass's compact `__call__`.
 
@@ -147,6 +151,7 @@ class PackedTrunk(nn.Module, kw_only=True):
                 "gated": self.gated,
                 "norm": self.norm,
                 "norm_epsilon": self.norm_epsilon,
+                **self.attention_fields(),
                 "dtype": self.dtype,
                 "param_dtype": self.param_dtype,
             },

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.layers.experts_beside import ExpertsBeside
 from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
@@ -36,7 +37,8 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale: as in `MultiHeadAttention`.
+      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale, value_norm, value_is_key: as in
+        `MultiHeadAttention`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of all norms.
@@ -46,8 +48,11 @@ class TransformerBlock(nn.Module):
       use_bias: biases on the other linear layers.
       mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
+      output_scale: a factor of the block's output, which is stored and not learned.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
+      experts_beside: arguments of an `ExpertsBeside`, whose output is added to the `Mlp`'s, which then has a norm of
+        its own; both read x. None for none.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -69,10 +74,14 @@ class TransformerBlock(nn.Module):
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     qk_scale: float | None = None
+    value_norm: bool = False
+    value_is_key: bool = False
     post_norm: bool = False
     layer_scale: float | None = None
+    output_scale: bool = False
     latent: Config | None = None
     experts: Config | None = None
+    experts_beside: Config | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -96,9 +105,16 @@ class TransformerBlock(nn.Module):
         if half != "attention":
             mlp = self._feed_forward(settings)
             out = mlp(Norm(name="mlp_norm", **norm)(x))
+            if self.experts_beside is not None:
+                shared = {"activation": self.activation, "norm": self.norm, "norm_epsilon": self.norm_epsilon}
+                beside = ExpertsBeside(name="experts_beside", **shared, **self.experts_beside, **settings)
+                out = Norm(name="mlp_own_norm", **norm)(out) + beside(x)
             if self.post_norm:
                 out = Norm(name="mlp_post_norm", **norm)(out)
             x = x + self._scaled(out, "mlp_scale")
+            if self.output_scale:
+                factor = self.param("output_scale", with_axes(nn.initializers.ones, axes.NORM), (1,), self.param_dtype)
+                x = x * jax.lax.stop_gradient(factor).astype(self.dtype)[None, None]
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
     def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
@@ -113,6 +129,8 @@ class TransformerBlock(nn.Module):
             qk_norm=self.qk_norm,
             qk_norm_over=self.qk_norm_over,
             qk_scale=self.qk_scale,
+            value_norm=self.value_norm,
+            value_is_key=self.value_is_key,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,

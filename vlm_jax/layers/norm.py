@@ -12,17 +12,17 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import Dtype
 
-NormKind = Literal["layer", "rms", "rms_from_one"]
+NormKind = Literal["layer", "rms", "rms_from_one", "rms_float32"]
 
 
 class Norm(nn.Module):
-    """LayerNorm (`layer`, scale and bias) or RMSNorm (`rms`, `rms_from_one`, scale) over the last axis.
+    """LayerNorm (`layer`, scale and bias) or RMSNorm (`rms`, `rms_from_one`, `rms_float32`, scale) over the last axis.
 
-    RMSNorm casts to `dtype` before it scales, as in Llama's reference code; `rms_from_one` scales by 1 + scale in
-    float32 and casts then, as in Gemma's.
+    RMSNorm casts to `dtype` before it scales, as in Llama's reference code; `rms_float32` scales in float32 and casts
+    then, as in Gemma 4's; `rms_from_one` does so by 1 + scale, as in Gemma's before.
 
     Attributes:
-      kind: `layer`, `rms` or `rms_from_one`.
+      kind: `layer`, `rms`, `rms_from_one` or `rms_float32`.
       epsilon: added to the variance.
       axis_name: logical name of the normalised axis.
       dtype: dtype of the output.
@@ -46,11 +46,18 @@ class Norm(nn.Module):
         scale = self.param("scale", with_axes(init, self.axis_name), width, self.param_dtype)
         if self.kind == "rms_from_one":
             return _rms(x, 1 + scale.astype(jnp.float32).reshape(shape), self.epsilon).astype(self.dtype)
+        if self.kind == "rms_float32":
+            return _rms(x, scale.astype(jnp.float32).reshape(shape), self.epsilon).astype(self.dtype)
         if self.kind == "rms":
             return _rms(x, scale.astype(self.dtype).reshape(shape), self.epsilon)
         bias = self.param("bias", with_axes(nn.initializers.zeros, self.axis_name), width, self.param_dtype)
         scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
         return _layer(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+def unit_rms(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch D"]:
+    """RMSNorm over the last axis without a learned scale; computed in float32, returned in x's dtype."""
+    return _rms(x, jnp.ones((), jnp.float32), epsilon).astype(x.dtype)
 
 
 # Both are recomputed in the backward pass, which stores only their input.

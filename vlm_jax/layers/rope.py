@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.ranges import Natural, Positive
 from vlm_jax.types import Positions
 
-Scaling = Literal["none", "linear", "dynamic", "dynamic_prompt", "llama3", "yarn", "longrope"]
+Scaling = Literal["none", "linear", "dynamic", "dynamic_prompt", "llama3", "yarn", "longrope", "proportional"]
 
 # The fields that each scaling reads in addition to theta and the sections.
 _READS: dict[str, tuple[str, ...]] = {
@@ -24,6 +24,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
     "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
     "longrope": ("factor", "original_length", "short_factors", "long_factors", "attention_factor"),
+    "proportional": ("factor", "rotated_share"),
 }
 _NEEDED = ("original_length", "short_factors", "long_factors")  # without meaningful defaults
 
@@ -36,7 +37,8 @@ class Rope:
       theta: base of the wavelengths.
       scaling: how wavelengths grow for sequences longer than in training: `none`; `linear`, all equally;
         `dynamic`, NTK by the current length of the sequence; `dynamic_prompt`, NTK by powers of two and the
-        length of the prompt, as in Qwen; `llama3`; `yarn`; `longrope`.
+        length of the prompt, as in Qwen; `llama3`; `yarn`; `longrope`; `proportional`, all equally, where only the
+        shortest wavelengths rotate.
       factor: ratio of sequence lengths to those of training.
       original_length: positions of a sequence in training.
       low_frequency_factor, high_frequency_factor: of `llama3`; wavelengths above original_length / low are
@@ -45,6 +47,8 @@ class Rope:
       truncate: of `yarn`, whether its bounds are rounded to whole coordinates.
       short_factors, long_factors: of `longrope`, per wavelength, for sequences up to original_length, and longer ones.
       attention_factor: of `yarn` and `longrope`, factor of rotated queries and keys; by the paper's formula when None.
+      rotated_share: of `proportional`, share of the wavelengths that rotate, rounded down; the angles of the others
+        are 0.
       sections: of M-RoPE, numbers of wavelengths for the temporal position, the row, the column, and so
         on in this order; empty where positions have one axis.
       interleaved: of M-RoPE, whether row and column take every third wavelength from the second and from the third
@@ -71,6 +75,7 @@ class Rope:
     short_factors: tuple[Positive, ...] = ()
     long_factors: tuple[Positive, ...] = ()
     attention_factor: Positive | None = None
+    rotated_share: Positive = 1.0
     sections: tuple[Natural, ...] = ()
     interleaved: bool = False
 
@@ -208,12 +213,19 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     return (stretched * plain / rope.factor + (1 - stretched) * plain).astype(np.float32)
 
 
+def _proportional(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    # As transformers rounds it, from the share of all coordinates.
+    count = int(rope.rotated_share * (2 * len(plain)) // 2)
+    return np.where(np.arange(len(plain)) < count, plain, np.float32(0)) / np.float32(rope.factor)
+
+
 # Scalings that do not depend on the length of a sequence.
 _FIXED: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
     "none": lambda rope, plain: plain,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "proportional": _proportional,
 }
 
 

@@ -14,6 +14,7 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import AnyExperiment, Experiment, build, of_system
 from vlm_jax.build.sections import check_model
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean
+from vlm_jax.decoders.mixed import MixedTransformer
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
@@ -90,7 +91,7 @@ def visible_share(model: nn.Module, length: int) -> float:
     """
     if not isinstance(model, VLM) or model.decoder is None:
         return 1.0
-    windows = model.decoder.windows if isinstance(model.decoder, Transformer) else ()
+    windows = model.decoder.windows if isinstance(model.decoder, MixedTransformer | Transformer) else ()
     sizes = [length if window is None else min(window, length) for window in windows or (None,)]
     pairs = [size * (size + 1) / 2 + (length - size) * size for size in sizes]
     return sum(pairs) / len(pairs) / length**2

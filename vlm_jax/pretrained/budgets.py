@@ -22,6 +22,7 @@ from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.pretrained.smaller_tile import smaller_tile
 from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
+from vlm_jax.processors.filled import FilledViews
 from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
@@ -96,11 +97,13 @@ def with_budget(
 
 
 def budgeted_views(views: Views, tokens: int) -> Views:
-    """Views whose images take at most `tokens`, by a mode of the release, fewer tiles or fewer pixels.
+    """Views whose images take at most `tokens`, by a mode or a budget of the release, fewer tiles or fewer pixels.
 
     Raises:
       InfeasibleBudget: the smallest image takes more.
     """
+    if isinstance(views, FilledViews):
+        return views.of_budget(tokens)
     return views.of_mode(tokens) if isinstance(views, MosaicViews) else views.within(tokens)
 
 

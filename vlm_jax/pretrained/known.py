@@ -41,6 +41,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_ocr": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
     "gemma3": _GEMMA3,
+    "gemma4": (
+        "model.vision_tower.patch_embedder.position_embedding_table",
+        "model.embed_vision.embedding_projection.weight",
+        "model.language_model.embed_tokens.weight",
+    ),
     "idefics3": _IDEFICS3,
     "internvl_chat": ("language_model.model.norm.weight",),
     "llava": (

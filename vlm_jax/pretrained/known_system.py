@@ -15,9 +15,9 @@ from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import PretrainedError, marker, text_section
+from vlm_jax.pretrained.family import PretrainedError, text_section
 from vlm_jax.pretrained.known import describe_known, known_config, known_folder
-from vlm_jax.pretrained.processing import GROUPED, read_views
+from vlm_jax.pretrained.processing import is_grouped, read_views
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
 from vlm_jax.processors.pixels import Pixels
@@ -70,7 +70,7 @@ def _conversations(name: str, model: VLM, config: Config) -> Processor:
     sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
     rotary_3d = "mrope_section" in sections
     views = read_views(known_folder(name), config, model)
-    own = {"num_learned": model.num_learned_rows, "rotary_3d": rotary_3d, "grouped": marker(config) in GROUPED}
+    own = {"num_learned": model.num_learned_rows, "rotary_3d": rotary_3d, "grouped": is_grouped(config)}
     return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, **own)
 
 

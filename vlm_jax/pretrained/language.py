@@ -19,6 +19,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.gemma import gemma, gemma2, gemma3
+from vlm_jax.pretrained.gemma4_text import gemma4
 from vlm_jax.pretrained.internlm2 import internlm2
 from vlm_jax.pretrained.llama import (
     llama,
@@ -40,6 +41,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "gemma4_text": gemma4,
     "internlm2": internlm2,
     "llama": llama,
     "mistral": mistral,

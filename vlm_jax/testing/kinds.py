@@ -8,8 +8,10 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax import axes
+from vlm_jax.decoders.mixed import BlockKind
 from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.layers.rope import Rope
 from vlm_jax.plugins import PluginError, Registry
 from vlm_jax.sharding.rules import RULES
 
@@ -39,6 +41,8 @@ SIZES = {
     "expert_dim": 8,
     "num_experts": 4,
     "num_selected": 2,
+    "kinds": (BlockKind(8, 1, Rope()), BlockKind(12, 2, Rope(100.0, "proportional", rotated_share=0.5), 3, True)),
+    "order": (0, 1),
 }
 
 # Parts of composite modules that take other inputs than pixels -> their fields.

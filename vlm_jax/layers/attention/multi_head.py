@@ -11,7 +11,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention.context import Context, KeyValue
 from vlm_jax.layers.attention.entry import attention
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.norm import Norm, NormKind, unit_rms
 from vlm_jax.layers.rope import rotate
 from vlm_jax.types import Dtype, Tree
 
@@ -35,7 +35,9 @@ class MultiHeadAttention(nn.Module):
       out_bias: a bias on the output projection.
       qk_norm: normalises queries and keys before RoPE, or None.
       qk_norm_over: whether `qk_norm` is per head, or over all heads at once, as in InternViT.
-      norm_epsilon: epsilon of `qk_norm`.
+      value_norm: an RMSNorm without a scale of every head's values.
+      value_is_key: values are the projected keys before their norm and RoPE, without a projection of their own.
+      norm_epsilon: epsilon of the norms.
       qk_scale: factor of the attention logits; H ** -0.5 when None.
       out_dim: width of the output; the input's when None.
       dtype: dtype of the products.
@@ -49,6 +51,8 @@ class MultiHeadAttention(nn.Module):
     out_bias: bool = True
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
+    value_norm: bool = False
+    value_is_key: bool = False
     norm_epsilon: float = 1e-6
     qk_scale: float | None = None
     out_dim: int | None = None
@@ -82,7 +86,8 @@ class MultiHeadAttention(nn.Module):
         dense = functools.partial(Dense, use_bias=self.use_bias, **settings)
         of_keys = (kv_heads * head_dim, (axes.EMBED, axes.KV_HEADS))
         query = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="query")(x)
-        key, value = dense(*of_keys, name="key")(inputs_k), dense(*of_keys, name="value")(inputs_v)
+        key = dense(*of_keys, name="key")(inputs_k)
+        value = key if self.value_is_key else dense(*of_keys, name="value")(inputs_v)
         query, key, value = (y.reshape(*y.shape[:-1], -1, head_dim) for y in (query, key, value))
         if self.qk_norm is not None:
             norm = {
@@ -97,6 +102,8 @@ class MultiHeadAttention(nn.Module):
                 return Norm(name=name, **norm)(flat).reshape(heads.shape)
 
             query, key = normed(query, "query_norm"), normed(key, "key_norm")
+        if self.value_norm:
+            value = unit_rms(value, self.norm_epsilon)
         if context.angles is not None:
             query, key = (rotate(x, context.angles, context.magnitude) for x in (query, key))
         if context.query_scale is not None:

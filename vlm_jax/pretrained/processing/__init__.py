@@ -5,7 +5,7 @@ two-tower models and classifiers it also takes the module, and returns a `proces
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ from vlm_jax.pretrained.processing import (
     deepseek_hf,
     deepseek_ocr,
     gemma3,
+    gemma4,
     idefics3,
     image_text,
     internvl,
@@ -84,6 +85,8 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "gemma2": text.processor,
     "gemma3": gemma3.processor,
     "gemma3_text": text.processor,
+    "gemma4": gemma4.processor,
+    "gemma4_text": text.processor,
     "idefics3": idefics3.processor,
     "internlm2": text.processor,
     "internvl": internvl_hf.processor,
@@ -122,6 +125,7 @@ _VIEWS: Mapping[str, MakesViews] = {
     "deepseek_vl_hybrid": deepseek_hf.views_hybrid,
     "deepseek_vl_v2": deepseek.views2,
     "gemma3": gemma3.views,
+    "gemma4": gemma4.views,
     "idefics3": idefics3.views,
     "internvl": internvl_hf.views,
     "internvl_chat": internvl.views,
@@ -164,8 +168,12 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
 }
 # Of these, towers whose position table transformers interpolates for images of any size.
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
-# Included systems whose processor is `grouped`: tokens of an image, or of a prompt, attend to each other both ways.
-GROUPED = frozenset({"gemma3", "paligemma"})
+# Included systems whose processor may be `grouped`: tokens of an image, or of a prompt, attend to each other both ways.
+_GROUPED: Mapping[str, Callable[[Config], bool]] = {
+    "gemma3": lambda config: True,
+    "gemma4": gemma4.is_grouped,
+    "paligemma": lambda config: True,
+}
 # With those that `register_family` of vlm_jax.pretrained adds.
 PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
 IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
@@ -174,6 +182,12 @@ IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_func
 def has_image_text_processor(name: str) -> bool:
     """Whether a model type has no conversations; of own model types it loads no plug-in."""
     return name not in PROCESSORS.own and name in IMAGE_TEXT_PROCESSORS
+
+
+def is_grouped(config: Config) -> bool:
+    """Whether the processor of an included system is `grouped`."""
+    name = marker(config)
+    return name in _GROUPED and _GROUPED[name](config)
 
 
 def read_processor(

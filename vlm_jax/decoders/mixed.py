@@ -1,0 +1,264 @@
+"""A decoder whose blocks are of several kinds, with heads of different widths, windows and rotary positions."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
+from vlm_jax.decoders.head import LinearHead
+from vlm_jax.layers.attention import Context, KeyValue
+from vlm_jax.layers.block import RematPolicy, TransformerStack
+from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.layers.mlp import Activation
+from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.rope import Rope
+from vlm_jax.ranges import Count, Depth, Natural, NonNegative, Positive, Size
+from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockKind:
+    """The attention of the blocks of one kind.
+
+    Attributes:
+      head_dim: coordinates of a head.
+      num_kv_heads: key and value heads.
+      rope: how positions become rotary angles.
+      window: keys that a query attends to at most, its own included; None for all.
+      value_is_key: as in `MultiHeadAttention`.
+      reads_groups: whether positions of one group attend to each other in both directions; see `types.Batch`.
+    """
+
+    head_dim: Size
+    num_kv_heads: Size
+    rope: Rope
+    window: Count | None = None
+    value_is_key: bool = False
+    reads_groups: bool = True
+
+
+class MixedTransformer(DropsTokens, LinearHead, nn.Module):
+    """A causal language model over embeddings whose blocks differ in their attention.
+
+    Consecutive blocks of one kind are one scanned stack.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      width: residual width D.
+      depth: number of blocks.
+      num_heads: query heads of every block.
+      mlp_dim: hidden width of the gated feed-forward.
+      kinds: of blocks.
+      order: of each block the index of its kind.
+      activation: of the gate, a name of `layers.mlp.ACTIVATIONS`.
+      norm: kind of every norm, of those of queries and keys too.
+      norm_epsilon: their epsilon.
+      post_norm: a norm of the attention's and of the feed-forward's output too.
+      value_norm: as in `MultiHeadAttention`.
+      output_scale: as in `TransformerBlock`.
+      use_bias: biases on the projections of the attention.
+      expert_dim: hidden width of an expert, of mixtures of experts beside the feed-forwards; None for none.
+      num_experts: experts to choose from.
+      num_selected: experts of a token, whose weights are normalised.
+      qk_scale: factor of the attention logits; head_dim ** -0.5 when None.
+      embedding_scale: factor of embedded text, not of visual tokens; None for none.
+      logit_softcap: the vocabulary logits are c * tanh(logits / c); None for the logits themselves.
+      tie_embeddings: computes logits with the embedding table instead of a separate head.
+      drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
+      remat, unroll: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Raises:
+      ValueError: an order that has not one kind of `kinds` for each block, heads that do not divide, or numbers of
+        experts without experts.
+
+    Source: Gemma Team 2025 (Gemma 3), section 2, for local and global blocks; transformers, models/gemma4,
+    Gemma4TextModel, for heads of their own.
+    """
+
+    vocab_size: Size
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    kinds: tuple[BlockKind, ...]
+    order: tuple[Natural, ...]
+    activation: Activation = "gelu_tanh"
+    norm: NormKind = "rms_float32"
+    norm_epsilon: NonNegative = 1e-6
+    post_norm: bool = True
+    value_norm: bool = True
+    output_scale: bool = True
+    use_bias: bool = False
+    expert_dim: Size | None = None
+    num_experts: Size = 1
+    num_selected: Size = 1
+    qk_scale: Positive | None = 1.0
+    embedding_scale: Positive | None = None
+    logit_softcap: Positive | None = None
+    tie_embeddings: bool = True
+    drops: tuple[Drop, ...] = ()
+    remat: RematPolicy = "none"
+    unroll: Depth = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def __post_init__(self):
+        if len(self.order) != self.depth or not all(0 <= index < len(self.kinds) for index in self.order):
+            raise ValueError(
+                f"order: expected for each of {self.depth} blocks the index of one of {len(self.kinds)} kinds, got "
+                f"{self.order}"
+            )
+        if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
+            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
+        for kind in self.kinds:
+            if self.num_heads % kind.num_kv_heads:
+                raise ValueError(f"{kind.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")
+        super().__post_init__()
+
+    def setup(self):
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        stddev = self.width**-0.5 if self.tie_embeddings else 1.0  # as in `Transformer`
+        self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
+        for name, start, stop in self.stacks():
+            kind = self._kind(name)
+            stack = TransformerStack(
+                stop - start,
+                {**self._block(kind), **settings},
+                self.remat,
+                self.unroll,
+                windows=() if kind.window is None else (kind.window,) * (stop - start),
+            )
+            setattr(self, name, stack)
+        self.final_norm = Norm(self.norm, self.norm_epsilon, **settings)
+        if not self.tie_embeddings:
+            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
+
+    def stacks(self) -> list[tuple[str, int, int]]:
+        """(name, first block, last block + 1) of every stack: `blocks_0` and so on, by its first block."""
+        starts = [i for i in range(self.depth) if i == 0 or self.order[i] != self.order[i - 1]]
+        return [(f"blocks_{start}", start, stop) for start, stop in itertools.pairwise([*starts, self.depth])]
+
+    def _index(self, name: str) -> int:
+        """The index of the kind of a stack's blocks."""
+        return next(self.order[start] for found, start, _ in self.stacks() if found == name)
+
+    def _kind(self, name: str) -> BlockKind:
+        return self.kinds[self._index(name)]
+
+    def _block(self, kind: BlockKind) -> Fields:
+        """Arguments of `TransformerBlock`."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": kind.num_kv_heads,
+            "head_dim": kind.head_dim,
+            "mlp_dim": self.mlp_dim,
+            "activation": self.activation,
+            "gated": True,
+            "norm": self.norm,
+            "norm_epsilon": self.norm_epsilon,
+            "post_norm": self.post_norm,
+            "qkv_bias": self.use_bias,
+            "use_bias": self.use_bias,
+            "mlp_bias": False,
+            "qk_norm": self.norm,
+            "qk_scale": self.qk_scale,
+            "value_norm": self.value_norm,
+            "value_is_key": kind.value_is_key,
+            "output_scale": self.output_scale,
+            "experts_beside": self._experts(),
+        }
+
+    def _experts(self) -> Fields | None:
+        """Arguments of an `ExpertsBeside`."""
+        if self.expert_dim is None:
+            return None
+        router = {
+            "num_experts": self.num_experts,
+            "num_selected": self.num_selected,
+            "normalize": True,
+            "balance_weight": 0.0,
+        }
+        return {"hidden_dim": self.expert_dim, "router": router}
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks up token ids."""
+        x = self.embedding(tokens)
+        return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
+
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> tuple[KeyValue, ...]:
+        """Keys and values of blocks `start` to `stop` - 1, one stack for each stack of the decoder."""
+        found = []
+        for name, a, b in self.stacks():
+            depth, kind = min(stop, b) - max(start, a), self._kind(name)
+            if depth > 0:
+                found.append(KeyValue.empty(depth, batch_size, slots, kind.num_kv_heads, kind.head_dim, dtype))
+        return tuple(found)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Positions,
+        segment_ids: Int[Array, "B T"],
+        cache: Cache | None = None,
+        branch_ids: Int[Array, "B T"] | None = None,
+        places: VisualPlaces | None = None,
+        levels: Float[Array, "B T F"] | None = None,
+        group_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs T positions, after those in the cache when there is one.
+
+        `branch_ids` is for sequences without a cache, `group_ids` for those without one or with an empty one; see
+        `types.Batch`. With `places` visual tokens are dropped at `drops`; the cache must then be empty and created for
+        these places. `levels` are added to the outputs of the first blocks, at positions that are left: D channels for
+        each block, concatenated.
+
+        Returns:
+          Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
+        """
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels, group_ids)
+        x = self.final_norm(rows.x)
+        return x if places is None else restore(x, rows, embeddings.shape[1]), cache
+
+    def context(self, rows: Rows) -> Context:
+        """The attention context of a sequence without a cache, with the angles of all kinds."""
+        segments = rows.segment_ids
+        return Context("causal", segments, segments, rows.branch_ids, rows.angles, groups=rows.group_ids)
+
+    def context_in(self, name: str, context: Context) -> Context:
+        """The context of a stack: the angles of its kind, and groups where it reads them."""
+        index = self._index(name)
+        kind = self.kinds[index]
+        first = sum(other.head_dim // 2 for other in self.kinds[:index])
+        assert context.angles is not None
+        return dataclasses.replace(
+            context,
+            angles=context.angles[..., first : first + kind.head_dim // 2],
+            magnitude=kind.rope.magnitude,
+            groups=context.groups if kind.reads_groups else None,
+        )
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Of every kind of blocks."""
+        return tuple(kind.rope for kind in self.kinds)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of every block in positions, or None."""
+        return tuple(self.kinds[index].window for index in self.order)
+
+    def _angles(self, positions: Positions, lengths: Int[Array, "B T"] | None) -> Float[Array, "B T A"]:
+        """The rotary angles of each kind, concatenated."""
+        found = [kind.rope.angles(positions, kind.head_dim, lengths) for kind in self.kinds]
+        return jnp.concatenate(found, axis=-1)
+
+    def rotary_dim(self) -> int:
+        """Rotated coordinates of the widest heads."""
+        return max(kind.head_dim for kind in self.kinds)
