@@ -46,6 +46,7 @@ from .systems import (
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -70,13 +71,14 @@ SYSTEMS = (
     ovis2,
     qwen2_vl,
     qwen2_5_vl,
+    qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
 )
 
 
-VIDEOS = ("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+VIDEOS = ("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
 FPS = 2.0

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.layers.gated_delta import GatedDelta
 from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
@@ -22,7 +23,7 @@ from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
-LayerCache = Tree  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
+LayerCache = Tree  # a `KeyValue` or another kind of `decoders.cache`, of one layer, or of all with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 
@@ -37,6 +38,7 @@ class TransformerBlock(nn.Module):
 
     Attributes:
       num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale: as in `MultiHeadAttention`.
+      gated_attention: `gated` of it.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of all norms.
@@ -47,6 +49,7 @@ class TransformerBlock(nn.Module):
       mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
+      delta: arguments of a `GatedDelta` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -71,7 +74,9 @@ class TransformerBlock(nn.Module):
     qk_scale: float | None = None
     post_norm: bool = False
     layer_scale: float | None = None
+    gated_attention: bool = False
     latent: Config | None = None
+    delta: Config | None = None
     experts: Config | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -101,7 +106,9 @@ class TransformerBlock(nn.Module):
             x = x + self._scaled(out, "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
-    def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
+    def _attention(self, settings: Fields) -> GatedDelta | LatentAttention | MultiHeadAttention:
+        if self.delta is not None:
+            return GatedDelta(name="delta", norm_epsilon=self.norm_epsilon, **self.delta, **settings)
         if self.latent is not None:
             return LatentAttention(num_heads=self.num_heads, name="attention", **self.latent, **settings)
         return MultiHeadAttention(
@@ -113,6 +120,7 @@ class TransformerBlock(nn.Module):
             qk_norm=self.qk_norm,
             qk_norm_over=self.qk_norm_over,
             qk_scale=self.qk_scale,
+            gated=self.gated_attention,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,

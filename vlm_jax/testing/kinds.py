@@ -39,6 +39,11 @@ SIZES = {
     "expert_dim": 8,
     "num_experts": 4,
     "num_selected": 2,
+    "mixers": ("delta", "attention"),
+    "num_key_heads": 1,
+    "num_value_heads": 2,
+    "key_dim": 4,
+    "value_dim": 6,
 }
 
 # Parts of composite modules that take other inputs than pixels -> their fields.
