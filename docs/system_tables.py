@@ -83,6 +83,13 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
+        "Qwen3.5",
+        ("qwen3_5", "qwen3_5_vision"),
+        "native resolution, merger, interleaved M-RoPE of a part of every head, times of videos, Gated DeltaNet and "
+        "gated attention",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
         "DeepSeek-VL (own names, `transformers`)",
         ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid"),
         "SigLIP or SAM + SigLIP, projector, Llama",
@@ -153,9 +160,9 @@ ROWS = (
         "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
     ),
     Row(
-        "Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Gemma 4, InternLM2, DeepSeek-V2",
+        "Llama, Mistral, Qwen2, Qwen3, Qwen3.5, Gemma, Gemma 2, Gemma 3, Gemma 4, InternLM2, DeepSeek-V2",
         (
-            *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
+            *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_5_text"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
             *("gemma", "gemma2", "gemma3_text", "gemma4_text"),
         ),

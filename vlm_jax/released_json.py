@@ -136,7 +136,9 @@ FORMS: dict[str, Form] = _table(
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
-        text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size""",
+        text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size
+        full_attention_interval linear_conv_kernel_dim
+        linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
     ),
     (
         COUNT | NULL,

@@ -59,6 +59,21 @@ OPTIONS = {
             "embedding_scale": 4.0,
         },
     ),
+    "hybrid with partly rotated heads and biases, delta last": (
+        "hybrid",
+        {
+            "mixers": ("attention", "delta"),
+            "head_dim": 12,
+            "rotary_width": 8,
+            "rope": Rope(100.0, sections=(2, 1, 1), interleaved=True),
+            "qkv_bias": True,
+            "out_bias": True,
+            "num_key_heads": 2,
+            "num_value_heads": 2,
+            "value_dim": 8,
+            "tie_embeddings": False,
+        },
+    ),
 }
 OPTIONS["mixed with a local block, experts beside feed-forwards, a cap and values of keys"] = (
     "mixed",
@@ -197,7 +212,14 @@ def grouped(decoder, tokens, positions, segments, groups, cache=None):
     return decoder.logits(hidden), cache
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, list(OPTIONS)[-1]])
+GROUPED = (
+    "deepseek",
+    "transformer",
+    "transformer with a local block, norms from one and of outputs, scaled embeddings",
+)
+
+
+@pytest.mark.parametrize("kind", GROUPED)
 def test_positions_of_a_group_read_each_other(kind, text):
     """What changes at the end of a group is read from its start on, and of one position it is what it is alone."""
     tokens, positions, segments = row(text)
@@ -215,6 +237,12 @@ def test_positions_of_a_group_read_each_other(kind, text):
     np.testing.assert_allclose(cached, before, atol=2e-5)
     with pytest.raises(ValueError, match="group_ids: expected None after a prompt"):
         jax.eval_shape(functools.partial(decoder.apply, method=grouped), boxed, *row(text), groups, cache)
+
+
+def test_a_gated_delta_layer_takes_no_groups(text):
+    decoder, boxed = made("hybrid")
+    with pytest.raises(ValueError, match="expected no group_ids"):
+        jax.eval_shape(functools.partial(decoder.apply, method=grouped), boxed, *row(text), row(text)[2])
 
 
 @every_kind

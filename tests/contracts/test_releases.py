@@ -42,7 +42,13 @@ IN_DECODER = ("fastv", "pyramid_drop", "dart", "sparsevlm")
 # are computed, drops in the other kinds of decoders, and a drawn connector where it brings learned rows.
 COMPUTED = ("visionzip", "tome", "downsample_image")
 ALL_COMPUTED = ("llava", "qwen2_5_vl")
-ALSO_COMPUTED = (("qwen3_vl", "fastv"), ("deepseek_vl_v2", "fastv"), ("qwen", "fastv"), ("ovis", "pixel_shuffle"))
+ALSO_COMPUTED = (
+    ("qwen3_5", "fastv"),
+    ("qwen3_vl", "fastv"),
+    ("deepseek_vl_v2", "fastv"),
+    ("qwen", "fastv"),
+    ("ovis", "pixel_shuffle"),
+)
 TRACED = ("pyramid_drop", "pixel_shuffle", "resampler")
 BUDGET = 4
 # Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
@@ -70,12 +76,13 @@ TOKENS = {
     "qwen": (9, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
+    "qwen3_5": (10, 1),
     "qwen3_vl": (10, 1),
     "smolvlm": (16, 3),
 }
 # Tokens of the tiles behind the whole, where they have another size.
 PARTS = {"deepseek_ocr": (4, 4)}
-PACKED = ("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PACKED = ("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
@@ -311,6 +318,7 @@ def test_a_full_budget_changes_no_logit(name, released):
     [
         *((name, "divprune") for name in sorted(FOLDERS)),
         ("llava", "fastv"),
+        ("qwen3_5", "fastv"),
         ("qwen3_vl", "fastv"),
         ("llava_next", "cdpruner"),
     ],

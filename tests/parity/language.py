@@ -64,6 +64,18 @@ SCALED = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
+QWEN3_5 = {
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}
+
+
 # class of the model, and what its config says beside the sizes
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, {}),
@@ -172,6 +184,17 @@ MODELS = {
         },
     ),
     "qwen3": (transformers.Qwen3ForCausalLM, {"head_dim": 12}),
+    "qwen3_5": (transformers.Qwen3_5ForCausalLM, QWEN3_5),
+    "qwen3_5, three layers of two kinds": (
+        transformers.Qwen3_5ForCausalLM,
+        {
+            **QWEN3_5,
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "full_attention", "linear_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen3 with experts": (transformers.Qwen3MoeForCausalLM, {"head_dim": 12, "norm_topk_prob": True, **EXPERTS}),
     "qwen3 with experts, weights as scored": (transformers.Qwen3MoeForCausalLM, EXPERTS),
 }

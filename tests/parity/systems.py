@@ -350,6 +350,21 @@ def qwen2_5_vl(folder):
     return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
 
 
+QWEN3_5 = {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 2],
+        "rope_theta": 1000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 QWEN3_TOWER = {
     "depth": 3,
     "hidden_size": 16,
@@ -363,6 +378,12 @@ QWEN3_TOWER = {
 def qwen3_vl(folder):
     classes = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
     return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3)
+
+
+def qwen3_5(folder):
+    classes = transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration
+    tower = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
+    return qwen_vl(folder, "qwen3_vl", *classes, tower, **QWEN3_5)
 
 
 def qwen3_vl_moe(folder):

@@ -49,6 +49,7 @@ from .systems import (
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -75,13 +76,17 @@ SYSTEMS = (
     ovis2,
     qwen2_vl,
     qwen2_5_vl,
+    qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
 )
 
 
-VIDEOS = ("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+VIDEOS = (
+    *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"),
+    "smolvlm",
+)
 
 
 FPS = 2.0

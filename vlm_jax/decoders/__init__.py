@@ -9,7 +9,13 @@ from collections.abc import Mapping
 
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.decoders.deepseek import Deepseek
+from vlm_jax.decoders.hybrid import Hybrid
 from vlm_jax.decoders.mixed import MixedTransformer
 from vlm_jax.decoders.transformer import Transformer
 
-DECODERS: Mapping[str, type[Decoder]] = {"deepseek": Deepseek, "mixed": MixedTransformer, "transformer": Transformer}
+DECODERS: Mapping[str, type[Decoder]] = {
+    "deepseek": Deepseek,
+    "hybrid": Hybrid,
+    "mixed": MixedTransformer,
+    "transformer": Transformer,
+}

@@ -1,4 +1,4 @@
-"""The key-value cache: a pytree of fixed size whose empty slots are written in order."""
+"""The cache of earlier tokens: a pytree of fixed size, with slots that are written in order, or states of layers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from vlm_jax.layers.attention import KeyValue
+from vlm_jax.layers.gated_delta import DeltaState
 from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import written
 from vlm_jax.types import Tree, static_field, struct
 
+KINDS = (KeyValue, LatentKeyValue, DeltaState)  # what the layers of a stack keep
+
 
 @struct
 class Cache:
-    """Keys and values of every layer for `S` slots of each row.
+    """What every layer keeps of earlier tokens: keys and values in `S` slots of each row, or a state of fixed size.
 
     Every row writes at the same slot, so padding inside a row leaves slots with segment 0;
     positions are passed with the tokens, so rows of different lengths need nothing else.
@@ -60,7 +63,7 @@ class Cache:
         """The layers to read: without slots while nothing is written."""
         if not self.is_empty:
             return self.layers
-        return over_layers(lambda leaf, axis: jax.lax.slice_in_dim(leaf, 0, 0, axis=axis % leaf.ndim), self.layers)
+        return over_layers(_without_slots, self.layers)
 
     def key_segments(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B S"]:
         """Segments of the keys: of the cache, then of the new positions."""
@@ -78,7 +81,11 @@ class Cache:
 
 
 def over_layers(function: Callable[..., Tree], layers: Tree, *others: Tree) -> Tree:
-    """`function(*leaves, axis of the slots)` over the stacks of `layers`."""
-    if not isinstance(layers, KeyValue | LatentKeyValue):
+    """`function(*leaves, axis of the slots)` over the stacks of `layers`; the axis of what has no slots is None."""
+    if not isinstance(layers, KINDS):
         return tuple(over_layers(function, *parts) for parts in zip(layers, *others, strict=True))
     return type(layers)(*(function(*leaves) for leaves in zip(layers, *others, layers.SLOTS, strict=True)))
+
+
+def _without_slots(leaf: jax.Array, axis: int | None) -> jax.Array:
+    return leaf if axis is None else jax.lax.slice_in_dim(leaf, 0, 0, axis=axis % leaf.ndim)

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.cache import KINDS, Cache
 from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
 from vlm_jax.decoders.raters import rated, raters_of, relevance
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
-from vlm_jax.layers.attention import Context, KeyValue
+from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import LayerCache, TransformerStack
-from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
@@ -372,4 +371,4 @@ def _spans_of(cache: Cache) -> list[tuple[int, int]]:
 
 def _as_tuple(layers: LayerCache) -> tuple[LayerCache, ...]:
     """The stacks of a cache."""
-    return (layers,) if isinstance(layers, KeyValue | LatentKeyValue) else layers
+    return (layers,) if isinstance(layers, KINDS) else layers

@@ -18,13 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.cache import KINDS, Cache
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.generation.buckets import fitted, whole_rows
 from vlm_jax.generation.repeats import Repeats, repeats_of
 from vlm_jax.generation.sampling import GenerationError, Sampling, Whole, row_values, sample_tokens
-from vlm_jax.layers.attention import KeyValue
-from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import layers_apart
 from vlm_jax.layers.platform import platform
 from vlm_jax.models.vlm import without_masked
@@ -326,7 +324,7 @@ def cache_shardings(cache: Cache, mesh: Mesh) -> Tree:
     """A sharding for every array of a cache, or of its shapes, like those of the model's activations and heads."""
 
     def is_kept(node: Tree) -> bool:
-        return isinstance(node, KeyValue | LatentKeyValue)
+        return isinstance(node, KINDS)
 
     found = []
     for node in jax.tree.leaves(cache, is_leaf=is_kept):

@@ -14,6 +14,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.experts_beside import ExpertsBeside
+from vlm_jax.layers.gated_delta import GatedDelta
 from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
@@ -23,7 +24,7 @@ from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
-LayerCache = Tree  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
+LayerCache = Tree  # a `KeyValue` or another kind of `decoders.cache`, of one layer, or of all with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 
@@ -39,6 +40,7 @@ class TransformerBlock(nn.Module):
     Attributes:
       num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale, value_norm, value_is_key: as in
         `MultiHeadAttention`.
+      gated_attention: `gated` of it.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of all norms.
@@ -50,6 +52,7 @@ class TransformerBlock(nn.Module):
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
       output_scale: a factor of the block's output, which is stored and not learned.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
+      delta: arguments of a `GatedDelta` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
       experts_beside: arguments of an `ExpertsBeside`, whose output is added to the `Mlp`'s, which then has a norm of
         its own; both read x. None for none.
@@ -79,7 +82,9 @@ class TransformerBlock(nn.Module):
     post_norm: bool = False
     layer_scale: float | None = None
     output_scale: bool = False
+    gated_attention: bool = False
     latent: Config | None = None
+    delta: Config | None = None
     experts: Config | None = None
     experts_beside: Config | None = None
     dtype: Dtype = jnp.float32
@@ -117,7 +122,9 @@ class TransformerBlock(nn.Module):
                 x = x * jax.lax.stop_gradient(factor).astype(self.dtype)[None, None]
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
-    def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
+    def _attention(self, settings: Fields) -> GatedDelta | LatentAttention | MultiHeadAttention:
+        if self.delta is not None:
+            return GatedDelta(name="delta", norm_epsilon=self.norm_epsilon, **self.delta, **settings)
         if self.latent is not None:
             return LatentAttention(num_heads=self.num_heads, name="attention", **self.latent, **settings)
         return MultiHeadAttention(
@@ -131,6 +138,7 @@ class TransformerBlock(nn.Module):
             qk_scale=self.qk_scale,
             value_norm=self.value_norm,
             value_is_key=self.value_is_key,
+            gated=self.gated_attention,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,

@@ -95,8 +95,13 @@ def joined(first: Any, second: Any) -> Any:
     return jnp.concatenate([first, second])
 
 
-def written(old: Any, fresh: Any, start: Any, axis: int) -> Any:
-    """`old`, a stack or a `PerLayer`, with `fresh` written from slot `start` of `axis` (negative) on; as `fresh` is."""
+def written(old: Any, fresh: Any, start: Any, axis: int | None) -> Any:
+    """`old`, a stack or a `PerLayer`, with `fresh` written from slot `start` of `axis` (negative) on; as `fresh` is.
+
+    Without an axis of slots `fresh` takes the place of `old`.
+    """
+    if axis is None:
+        return fresh
     if is_per_layer(fresh):
         return PerLayer(written(old[index], layer, start, axis) for index, layer in enumerate(fresh.layers))
     starts = [start if place == axis % old.ndim else 0 for place in range(old.ndim)]

@@ -258,7 +258,11 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Fl
 def rotate(
     x: Float[Array, "B T N H"], angles: Float[Array, "B T half"], magnitude: float = 1.0
 ) -> Float[Array, "B T N H"]:
-    """Rotates every pair (x[i], x[i + H/2]) by its angle; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates every pair (x[i], x[i + half]) by its angle; computed in float32, returned in x's dtype.
+
+    Coordinates from 2 * half on are unchanged.
+    """
+    half = angles.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     cos, sin = (magnitude * wave(angles)[:, :, None, :] for wave in (jnp.cos, jnp.sin))
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

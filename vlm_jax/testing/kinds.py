@@ -43,6 +43,11 @@ SIZES = {
     "num_selected": 2,
     "kinds": (BlockKind(8, 1, Rope()), BlockKind(12, 2, Rope(100.0, "proportional", rotated_share=0.5), 3, True)),
     "order": (0, 1),
+    "mixers": ("delta", "attention"),
+    "num_key_heads": 1,
+    "num_value_heads": 2,
+    "key_dim": 4,
+    "value_dim": 6,
 }
 
 # Parts of composite modules that take other inputs than pixels -> their fields.

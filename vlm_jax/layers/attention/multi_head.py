@@ -3,6 +3,7 @@
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -39,6 +40,7 @@ class MultiHeadAttention(nn.Module):
       value_is_key: values are the projected keys before their norm and RoPE, without a projection of their own.
       norm_epsilon: epsilon of the norms.
       qk_scale: factor of the attention logits; H ** -0.5 when None.
+      gated: multiplies what the heads return by the sigmoid of another projection, before the output projection.
       out_dim: width of the output; the input's when None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -55,6 +57,7 @@ class MultiHeadAttention(nn.Module):
     value_is_key: bool = False
     norm_epsilon: float = 1e-6
     qk_scale: float | None = None
+    gated: bool = False
     out_dim: int | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -120,5 +123,8 @@ class MultiHeadAttention(nn.Module):
             key, value = key.astype(self.dtype), value.astype(self.dtype)
             past = cache if cache.key.shape[-1] else None
         out = attention(query, key, value, context, past=past, scale=self.qk_scale).reshape(*x.shape[:-1], -1)
+        if self.gated:
+            gate = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="gate")(x)
+            out = out * jax.nn.sigmoid(gate)
         width = self.out_dim or x.shape[-1]
         return Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)(out), fresh

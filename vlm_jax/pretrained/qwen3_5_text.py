@@ -1,0 +1,163 @@
+"""The language model of Qwen3.5, whose layers are of two kinds."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from vlm_jax.checkpoints.maps import qwen3_5 as maps
+from vlm_jax.checkpoints.maps.torch_layers import rms_norm
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.decoders.hybrid import Hybrid
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    LanguageModel,
+    Names,
+    PretrainedError,
+    check_supported,
+    with_defaults,
+)
+from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
+from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+from vlm_jax.types import Config, Dtype, Fields
+
+# transformers, models/qwen3_5/configuration_qwen3_5.py, Qwen3_5TextConfig.
+DEFAULTS: Fields = {
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    **ROPE_DEFAULTS,
+    "partial_rotary_factor": 0.25,
+}
+SECTIONS = (11, 11, 10)
+_MIXERS: dict[str, Literal["attention", "delta"]] = {"full_attention": "attention", "linear_attention": "delta"}
+
+
+def qwen3_5_text(
+    config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
+) -> LanguageModel:
+    """The language model of Qwen3.5; layers that predict several tokens (`mtp`) are not read, as in transformers.
+
+    Raises:
+      PretrainedError: unsupported settings, or a tied head that differs from the table.
+    """
+    read = {key: value for key, value in config.items() if key in DEFAULTS}
+    settings = with_defaults(read, DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "attention_bias": (True, False)}, where)
+    tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
+    delta = {ours: settings[key] for ours, key in _DELTA.items()}
+    wrong = {_DELTA[name]: size for name, size in delta.items() if type(size) is not int or size < 1}
+    if wrong:
+        messages = (f"{where}.{key}: expected a positive integer, got {size!r}" for key, size in wrong.items())
+        raise PretrainedError("\n".join(messages))
+    if delta["num_value_heads"] % delta["num_key_heads"]:
+        raise PretrainedError(
+            f"{where}.linear_num_key_heads: expected a divisor of linear_num_value_heads, {delta['num_value_heads']}, "
+            f"got {delta['num_key_heads']}"
+        )
+    rope_settings, rotary = _rotary(settings, head_dim, where)
+    bias = settings["attention_bias"]
+    decoder = Hybrid(
+        vocab_size=settings["vocab_size"],
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_dim=settings["intermediate_size"],
+        mixers=_mixers(settings, where),
+        activation=ACTIVATIONS[settings["hidden_act"]],
+        head_dim=head_dim,
+        rotary_width=rotary,
+        rope=released_rope(rope_settings, where, rotary, SECTIONS, interleaved=True),
+        norm_epsilon=settings["rms_norm_eps"],
+        qkv_bias=bias,
+        out_bias=bias,
+        tie_embeddings=tied,
+        **delta,
+        **dtypes,
+    )
+    rules = (
+        *prefixed(_trunk_rules(decoder, head_dim), names.trunk),
+        *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
+    )
+    return LanguageModel(decoder, rules, (r"mtp\..*", rf"{re.escape(names.trunk)}rotary_emb\..*inv_freq"))
+
+
+_DELTA = {
+    "num_key_heads": "linear_num_key_heads",
+    "num_value_heads": "linear_num_value_heads",
+    "key_dim": "linear_key_head_dim",
+    "value_dim": "linear_value_head_dim",
+    "window": "linear_conv_kernel_dim",
+}
+
+
+def _mixers(settings: Config, where: str) -> tuple[Literal["attention", "delta"], ...]:
+    """The kind of every layer."""
+    depth, kinds = settings["num_hidden_layers"], settings["layer_types"]
+    if kinds is None:
+        every = settings["full_attention_interval"]
+        if type(every) is not int or every < 1:
+            raise PretrainedError(f"{where}.full_attention_interval: expected a positive integer, got {every!r}")
+        kinds = ["linear_attention" if (number + 1) % every else "full_attention" for number in range(depth)]
+    listed = {f"layer_types[{number}]": kind for number, kind in enumerate(kinds)}
+    check_supported(listed, dict.fromkeys(listed, tuple(_MIXERS)), where)
+    if len(kinds) != depth:
+        raise PretrainedError(f"{where}.layer_types: expected {depth}, one per layer, got {len(kinds)}")
+    return tuple(_MIXERS[kind] for kind in kinds)
+
+
+def _rotary(settings: Config, head_dim: int, where: str) -> tuple[Fields, int]:
+    """The rotary settings without the share of a head that is rotated, and the number of its rotated coordinates."""
+    key = "rope_scaling" if settings["rope_scaling"] else "rope_parameters"
+    found, share = settings[key] or {}, settings["partial_rotary_factor"]
+    if isinstance(found, Mapping):
+        share = found.get("partial_rotary_factor", share)
+        found = {name: value for name, value in found.items() if name != "partial_rotary_factor"}
+    dim = int(head_dim * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
+    if dim < 2 or dim % 2:
+        raise PretrainedError(
+            f"{where}.partial_rotary_factor: expected a share of 1 that is an even number of the {head_dim} "
+            f"coordinates of a head, got {share!r}"
+        )
+    return {**settings, key: found, "partial_rotary_factor": None}, dim
+
+
+def _trunk_rules(decoder: Hybrid, head_dim: int) -> tuple[Rule, ...]:
+    """Blocks and final norm, after `model.`."""
+    rules = [*rms_norm("norm", "final_norm")]
+    for name, start, stop in decoder.stacks():
+        target, where = f"{name}/layers", {"layer": range(start, stop)}
+        rules += maps.block_rules(target, where)
+        if name.startswith("delta"):
+            widths = {
+                "keys": decoder.num_key_heads * decoder.key_dim,
+                "values": decoder.num_value_heads * decoder.value_dim,
+                "window": decoder.window,
+            }
+            rules += maps.delta_rules(target, where, **widths)
+        else:
+            rules += maps.attention_rules(
+                target,
+                where,
+                width=decoder.width,
+                num_heads=decoder.num_heads,
+                head_dim=head_dim,
+                bias=decoder.qkv_bias,
+            )
+    return tuple(rules)
