@@ -114,6 +114,7 @@ SECTIONS = {
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
     *TOWERS,
+    "thinker_config",
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
     "video_sampling",
 }
@@ -137,8 +138,7 @@ FORMS: dict[str, Form] = _table(
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
         text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size
-        full_attention_interval linear_conv_kernel_dim
-        linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
+        full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
     ),
     (
         COUNT | NULL,

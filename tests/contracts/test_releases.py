@@ -74,6 +74,7 @@ TOKENS = {
     "ovis2_5": (6, 1),
     "paligemma": (16, 1),
     "qwen": (9, 1),
+    "qwen2_5_omni": (10, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
     "qwen3_5": (10, 1),
@@ -82,7 +83,10 @@ TOKENS = {
 }
 # Tokens of the tiles behind the whole, where they have another size.
 PARTS = {"deepseek_ocr": (4, 4)}
-PACKED = ("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl")
+PACKED = (
+    *("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
+    "qwen3_vl",
+)
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {

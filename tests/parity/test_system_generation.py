@@ -47,6 +47,8 @@ from .systems import (
     llava_next,
     llava_onevision,
     ovis2,
+    qwen2_5_omni,
+    qwen2_5_omni_thinker,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
@@ -77,6 +79,8 @@ SYSTEMS = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_5,
+    qwen2_5_omni,
+    qwen2_5_omni_thinker,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -84,7 +88,8 @@ SYSTEMS = (
 
 
 VIDEOS = (
-    *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"),
+    *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_5"),
+    *("qwen3_vl", "qwen3_vl_moe"),
     "smolvlm",
 )
 
@@ -190,6 +195,22 @@ def test_the_way_back(system, tmp_path):
     reread = vlm_jax.from_pretrained(tmp_path / "ours").processor
     batches = [processor(*INPUTS["two images"]) for processor in (ours.processor, reread)]
     jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
+@pytest.mark.parametrize("system", (qwen2_5_omni,), indirect=True, ids=lambda made: made.__name__)
+def test_parts_that_are_not_read_are_written_back(system, tmp_path):
+    """The audio encoder, the talker and the waveform decoder, and the voices that transformers asks for."""
+    ours = system[2]
+    (ours.folder / "spk_dict.pt").write_bytes(b"voices")
+    ours.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (ours.folder, tmp_path))
+    assert {key.split(".")[0] for key in before} == {"thinker", "talker", "token2wav"} and after.keys() == before.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor)
+    assert (tmp_path / "spk_dict.pt").read_bytes() == b"voices"
+    sound = [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]
+    with pytest.raises(ValueError, match="no item of type 'audio' is read"):
+        ours.processor(sound)
 
 
 def test_a_budget_of_visual_tokens(system):
