@@ -29,11 +29,13 @@ from .processors import (
     pictures,
     same_ids,
     same_two_sizes,
+    same_wholes_and_tiles,
     save,
 )
 from .systems import (
     CLIP,
     TEXT,
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -61,6 +63,7 @@ SYSTEMS = (
     llava,
     llava_next,
     llava_onevision,
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -123,6 +126,8 @@ def said(system, *conversation):
 def same_pixels(ours, theirs, kind):
     if "high_res_pixel_values" in theirs:
         same_two_sizes(ours, theirs, kind)
+    elif "num_local_patches" in theirs:
+        same_wholes_and_tiles(ours, theirs)
     elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
         wanted = np.asarray(theirs[name.pop()])
         if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT

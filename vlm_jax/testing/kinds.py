@@ -39,6 +39,7 @@ SIZES = {
     "expert_dim": 8,
     "num_experts": 4,
     "num_selected": 2,
+    "table_sizes": (9,),
 }
 
 # Parts of composite modules that take other inputs than pixels -> their fields.
