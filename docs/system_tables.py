@@ -109,6 +109,12 @@ ROWS = (
         "features, pixels, ids, layouts, token counts, logits, loss, greedy ids, n-grams",
     ),
     Row(
+        "DeepSeek-OCR 2 (own format, `transformers`)",
+        ("DeepseekOCR2", "deepseek_ocr2"),
+        "SAM, 16x convolution and causal learned queries behind it, tiles with a view of the whole, mixture of experts",
+        live="conversation to answer, and back",
+    ),
+    Row(
         "DeepSeek-VL2",
         ("deepseek_vl_v2",),
         "SigLIP tiles, projector, latent attention, mixture of experts",

@@ -106,13 +106,14 @@ NAMED_SIZE = mapping("an object of whole numbers, such as height and width", who
 TEMPLATES = list_of(mapping("an object with name and template", TEXT, required=("name", "template")))
 
 # Towers of DeepSeek-OCR, whose `width` is an object with the sizes of each by these names.
-TOWERS = {"sam_vit_b", "clip-l-14-224"}
+TOWERS = {"sam_vit_b", "clip-l-14-224", "qwen2-0-5b"}
 # Sections whose keys are read; other nested objects are not.
 SECTIONS = {
     *("text_config", "llm_config", "language_config", "text_config_dict", "text_cfg", "text"),
     *("vision_config", "vit_config", "vision_config_dict", "vision_tower_config", "vision_cfg", "visual", "image"),
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
+    *("sam_config", "encoder_config"),
     *TOWERS,
     "thinker_config",
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
@@ -137,8 +138,9 @@ FORMS: dict[str, Form] = _table(
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
-        text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size
-        full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
+        text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size dim
+        full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim
+        linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
     ),
     (
         COUNT | NULL,
@@ -162,11 +164,11 @@ FORMS: dict[str, Form] = _table(
     (list_of(COUNT, most=1 << 12), "downsample_channels"),
     (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes deepstack_visual_indexes"),
     (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
-    (list_of(TEXT, most=1 << 12) | NULL, "layer_types architectures"),
+    (list_of(TEXT, most=1 << 12) | NULL, "layer_types mlp_layer_types architectures"),
     (INDEX | list_of(INDEX), "vision_feature_layer"),
     (INDEX, "mm_vision_select_layer select_layer"),
     (SIDE | NULL, "force_image_size base_size"),
-    (SIDE, "crop_threshold"),
+    (SIDE, "crop_threshold tile_size"),
     (TILES, "min_dynamic_patch max_dynamic_patch min_patches max_patches min_crops max_crops"),
     (list_of(ID, most=1 << 12), "visual_indicator_token_ids"),
     # config.json: numbers

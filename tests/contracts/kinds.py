@@ -14,10 +14,12 @@ from vlm_jax.testing.kinds import small as small
 
 
 def cloned(module, **fields):
-    """The module with other values of its fields, or with parts that have them where it has none such."""
+    """The module with other values of its fields, and with parts that have them; what has parts may lack the fields."""
+    own = {f.name for f in dataclasses.fields(module)}
     names = [f.name for f in dataclasses.fields(module) if f.type is ImageEncoder]
     parts = {name: cloned(getattr(module, name), **fields) for name in names}
-    return module.clone(**(parts or fields))
+    kept = {name: value for name, value in fields.items() if name in own} if parts else fields
+    return module.clone(**parts, **kept)
 
 
 def defined(package, method):

@@ -64,6 +64,7 @@ QWEN_FILES = {
     }
 }
 QWEN_TAGS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+OCR_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 HEAD = {"tie_word_embeddings": False}
 CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
@@ -136,6 +137,12 @@ _GEMMA4 = {
     "model.vision_tower.patch_embedder.position_embedding_table": (2, 1, 1),
     "model.embed_vision.embedding_projection.weight": (1, 1),
     "model.language_model.embed_tokens.weight": (1, 1),
+}
+_OCR2 = {
+    "model.qwen2_model.query_768.weight": (4, 1),
+    "model.qwen2_model.query_1024.weight": (9, 1),
+    "model.embed_tokens.weight": (1, 1),
+    "lm_head.weight": (1, 1),
 }
 _SPLIT_TAGS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
 _SPLIT_FILES = {
@@ -470,6 +477,48 @@ FOLDERS = {
     ),
     "deepseek_ocr": Folder(
         golden="deepseek_ocr", whole=True, files={"processor_config.json": {"crop_threshold": 16, "max_crops": 2}}
+    ),
+    "deepseek_ocr2": Folder(
+        {
+            "model_type": "deepseek_ocr2",
+            "vision_config": {
+                "sam_config": {**SAM, "patch_size": 2, "image_size": 24, "downsample_channels": [12, 16]},
+                "encoder_config": {**TEXT, "hidden_size": 16},
+            },
+            "text_config": {**TEXT, **OCR_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+            **HEAD,
+        },
+        names=_OCR2,
+        added=("<image>",),
+        image="<image>",
+        files={
+            "preprocessor_config.json": {"size": {"height": 24, "width": 24}, "tile_size": 16},
+            "processor_config.json": {"patch_size": 2},
+        },
+    ),
+    "DeepseekOCR2": Folder(
+        {
+            "architectures": ["DeepseekOCR2ForCausalLM"],
+            "vision_config": {
+                "image_size": 192,
+                "width": {
+                    "sam_vit_b": {"width": 16, "layers": 2, "heads": 2, "global_attn_indexes": [1]},
+                    "qwen2-0-5b": {"dim": 64},
+                },
+            },
+            "projector_config": {"input_dim": 64, "n_embed": 32},
+            **{**TEXT, **OCR_EXPERTS, "num_key_value_heads": 4, "use_mla": False, "first_k_dense_replace": 1},
+        },
+        names={
+            **_OCR2,
+            "model.sam_model.neck.0.weight": (8, 16, 1, 1),
+            "model.sam_model.net_2.weight": (12, 8, 3, 3),
+            "model.qwen2_model.model.model.layers.0.input_layernorm.weight": (64,),
+            "model.qwen2_model.model.model.layers.0.mlp.gate_proj.weight": (24, 64),
+            "model.qwen2_model.model.model.layers.0.self_attn.k_proj.weight": (64, 64),
+        },
+        added=("<image>", "<｜▁pad▁｜>"),
+        files={"processor_config.json": {"base_size": 192, "image_size": 128, "crop_threshold": 16, "max_crops": 2}},
     ),
     "deepseek_vl_v2": Folder(golden="deepseek_vl2_tiny", whole=True),
     "multi_modality": Folder(

@@ -53,7 +53,9 @@ TRACED = ("pyramid_drop", "pixel_shuffle", "resampler")
 BUDGET = 4
 # Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
 TOKENS = {
+    "DeepseekOCR2": (9, 1),
     "deepseek_ocr": (9, 1),
+    "deepseek_ocr2": (9, 1),
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
     "deepseek_vl_v2": (4, 2),
@@ -82,7 +84,7 @@ TOKENS = {
     "smolvlm": (16, 3),
 }
 # Tokens of the tiles behind the whole, where they have another size.
-PARTS = {"deepseek_ocr": (4, 4)}
+PARTS = dict.fromkeys(("DeepseekOCR2", "deepseek_ocr", "deepseek_ocr2"), (4, 4))
 PACKED = (
     *("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
     "qwen3_vl",
@@ -96,8 +98,8 @@ REFUSED = {
     **{(name, "tome"): _GRID for name in ("gemma3", "idefics3", "ovis", "ovis2", "qwen")},
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
-    **{(name, "tome"): "has no blocks of its own" for name in ("deepseek_ocr", "deepseek_vl_hybrid")},
-    **{(name, kind): "no field saliency" for name in ("deepseek_ocr", "deepseek_vl_hybrid") for kind in RANKED},
+    **{(name, "tome"): "has no blocks of its own" for name in (*PARTS, "deepseek_vl_hybrid")},
+    **{(name, kind): "no field saliency" for name in (*PARTS, "deepseek_vl_hybrid") for kind in RANKED},
     **{("qwen", kind): "queries without a position" for kind in RANKED},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip

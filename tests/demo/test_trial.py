@@ -90,6 +90,8 @@ def test_what_is_not_drawn_is_not_said_to_be_kept():
     tiled = dataclasses.replace(whole, mosaic=Mosaic(2, (1, 1)))
     assert caption("divprune", False, tiled).startswith("What divprune kept is not drawn")
     assert caption("divprune", False, whole) == "divprune drops no part of the picture as a whole"
+    unordered = dataclasses.replace(whole, newlines=False)
+    assert "not at places of the picture" in caption("divprune", False, unordered)
     assert caption("divprune", True, whole).startswith("divprune kept the outlined parts")
     assert caption("none", False, tiled) == "All parts of the picture were used"
 

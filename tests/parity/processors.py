@@ -8,6 +8,7 @@ import transformers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
     DeepseekVLHybridImageProcessorPil,
@@ -285,6 +286,27 @@ def deepseek_vl_hybrid_processor(low=32, high=64):
         chat_template=template("<image_placeholder>"),
         num_image_tokens=9,
     )
+
+
+def deepseek_ocr2_processor(templated=True):
+    """A whole of 61x61 and tiles of 45x45 patches, the least that give the released numbers of queries."""
+    return transformers.DeepseekOcr2Processor(
+        DeepseekOcr2ImageProcessorPil(size={"height": 61, "width": 61}, tile_size=45),
+        tokenizer(image_token="<image>"),
+        chat_template=template("<image>") if templated else None,
+        patch_size=1,
+    )
+
+
+def same_wholes_and_tiles(ours, theirs):
+    """Views of the whole, and the tiles of those that have any."""
+    images = ours.images
+    if "pixel_values_local" in theirs:
+        parts = {"pixel_values": images.wholes[0], "pixel_values_local": images.tiles[0]}
+    else:
+        parts = {"pixel_values": images[0]}
+    for name, found in parts.items():
+        np.testing.assert_allclose(found, np.asarray(theirs[name]).transpose(0, 2, 3, 1), atol=1e-5)
 
 
 def same_two_sizes(ours, theirs, kind):

@@ -11,6 +11,7 @@ from .language import EXPERTS
 from .processors import (
     INDICATORS,
     VISION,
+    deepseek_ocr2_processor,
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
     gemma3_processor,
@@ -135,6 +136,39 @@ def deepseek_vl(folder, tower=SIGLIP, **sections):
 
 def deepseek_vl_hybrid(folder):
     return deepseek_vl(folder, high_res_vision_config=SAM)
+
+
+def calmed(model):
+    """With smaller weights of the vision tower, whose attention over thousands of patches else multiplies rounding."""
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.3)
+    return model
+
+
+def deepseek_ocr2(folder):
+    """Its tables of positions have another grid than the images."""
+    processor = deepseek_ocr2_processor()
+    tower = {
+        "sam_config": {**SAM, "num_hidden_layers": 2, "image_size": 64, "patch_size": 1, "window_size": 4}
+        | {"global_attn_indexes": [1], "downsample_channels": [12, 16]},
+        "encoder_config": {**TEXT, "hidden_size": 16, "vocab_size": 1},
+    }
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    config = transformers.DeepseekOcr2Config(
+        vision_config=tower,
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            **TEXT,
+            **experts,
+            "num_hidden_layers": 3,
+            "routed_scaling_factor": 1.5,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        image_token_id=processor.image_token_id,
+    )
+    return written(folder, processor, calmed(randomised(transformers.DeepseekOcr2ForConditionalGeneration(config))))
 
 
 def ovis2(folder):
@@ -452,6 +486,10 @@ def qwen3_vl_moe(folder):
 
 
 def saved(folder, processor, model):
+    return written(folder, processor, randomised(model))
+
+
+def written(folder, processor, model):
     save(processor, folder)
-    randomised(model).save_pretrained(folder)
+    model.save_pretrained(folder)
     return processor, model, vlm_jax.from_pretrained(folder)

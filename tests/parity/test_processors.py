@@ -14,7 +14,16 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import deepseek_hf, gemma3, gemma4, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+from vlm_jax.pretrained.processing import (
+    deepseek_hf,
+    deepseek_ocr2,
+    gemma3,
+    gemma4,
+    internvl_hf,
+    llava_hf,
+    ovis2_hf,
+    qwen_hf,
+)
 from vlm_jax.processors.filled import filled_size
 from vlm_jax.processors.video import EveryFrame, SegmentSampler
 
@@ -27,6 +36,7 @@ from .processors import (
     SIZES,
     VISION,
     conversation,
+    deepseek_ocr2_processor,
     deepseek_vl_hybrid_processor,
     deepseek_vl_processor,
     frames,
@@ -45,6 +55,7 @@ from .processors import (
     same_ids,
     same_tiles,
     same_two_sizes,
+    same_wholes_and_tiles,
     save,
 )
 
@@ -313,6 +324,36 @@ def test_deepseek_vl_hybrid(tmp_path):
     ours, expected = processor(conversation(5), images), official(theirs, conversation(5), images)
     same_ids(ours, expected)
     same_two_sizes(ours, expected, kind)
+
+
+def test_deepseek_ocr2(tmp_path):
+    """Images with and without tiles; also pads of an odd number of pixels, and a tall and a wide one."""
+    theirs = deepseek_ocr2_processor()
+    folder, config = save(theirs, tmp_path, model_type="deepseek_ocr2")
+    processor = deepseek_ocr2.processor(folder, config)
+    small = [Image.fromarray(np.asarray(picture)[:31, :45]) for picture in pictures(2)]
+    for images in ([small[0]], small, [*small, *pictures(5)]):
+        messages = conversation(len(images))
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_wholes_and_tiles(ours, expected)
+        count = int((np.asarray(expected["input_ids"]) == theirs.image_token_id).sum())
+        assert sum(processor.count_visual_tokens([picture.size[::-1] for picture in images])) == count
+    # Token by token, tile after tile; then the whole, which comes first in the table, and the separator.
+    index = processor(conversation(1), pictures(1)).visual_index
+    tiles = expected["num_local_patches"][2]
+    wanted = [*range(1 + 256, 1 + 256 + 144 * tiles), *range(1, 1 + 256), 0]
+    np.testing.assert_array_equal(index[index >= 0], wanted)
+
+
+def test_deepseek_ocr2_without_a_chat_template(tmp_path):
+    """The prompt of its documentation; a folder's image processor does not change the number of tiles."""
+    theirs = deepseek_ocr2_processor(templated=False)
+    theirs.image_processor.max_patches = 3
+    folder, config = save(theirs, tmp_path, model_type="deepseek_ocr2")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Free OCR. "}]}
+    ours = deepseek_ocr2.processor(folder, config)([question], pictures(1))
+    same_ids(ours, theirs(images=pictures(1), text="<image>\nFree OCR.", return_tensors="np"))
 
 
 def test_internvl(tmp_path):

@@ -30,11 +30,13 @@ from .processors import (
     pictures,
     same_ids,
     same_two_sizes,
+    same_wholes_and_tiles,
     save,
 )
 from .systems import (
     CLIP,
     TEXT,
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -67,6 +69,7 @@ SYSTEMS = (
     llava,
     llava_next,
     llava_onevision,
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -141,6 +144,8 @@ def same_pixels(ours, theirs, kind):
     elif places := {"image_position_ids", "video_position_ids"} & set(theirs):
         wanted = filled_patches(theirs, places.pop().removesuffix("_position_ids"), kind.pooling_kernel_size)
         np.testing.assert_allclose(patches_of(ours.images), wanted, atol=1e-5)
+    elif "num_local_patches" in theirs:
+        same_wholes_and_tiles(ours, theirs)
     elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
         wanted = np.asarray(theirs[name.pop()])
         if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT

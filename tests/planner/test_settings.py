@@ -50,6 +50,7 @@ def test_a_budget_bounds_the_places():
         ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 2048, 2),  # of 512 tokens there is none: the least is 1,485
         ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 16384, 5),  # 729 of the whole, and 4 of 729 with newlines
         ("deepseek-ai/DeepSeek-OCR", 4096, 8),
+        ("deepseek-ai/DeepSeek-OCR-2", 4096, 6),  # 256 of the whole, and 5 of 144
     ],
 )
 def test_a_release_with_tiles_has_those_of_a_large_picture(name, length, tiles):

@@ -68,6 +68,7 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen3-VL-235B-A22B-Instruct": (235_670_022_896, 0),
     # By the size of its files; CLIP's own patch convolution is not used.
     "deepseek-ai/DeepSeek-OCR": (3_336_106_240, 602_112),
+    "deepseek-ai/DeepSeek-OCR-2": (3_389_119_360, 0),  # of its class in transformers
     "deepseek-ai/deepseek-vl-1.3b-base": ("1.98", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl-7b-base": ("7.34", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl2-tiny": ("3.37", _SO400M_HEAD),
@@ -177,6 +178,8 @@ def test_another_name_is_refused_with_the_nearest():
         ("Qwen/Qwen-VL", 448, 256),
         ("OpenGVLab/InternVL3-8B", 448, 256),  # of a tile
         ("deepseek-ai/DeepSeek-OCR", 1280, 400),  # its mode "large"
+        ("deepseek-ai/DeepSeek-OCR-2", 1024, 256),
+        ("deepseek-ai/DeepSeek-OCR-2", 768, 144),  # of a tile
         ("deepseek-ai/deepseek-vl2-tiny", 384, 14 * 14),  # of a tile
         ("deepseek-ai/deepseek-vl-1.3b-base", 384, 576),
         ("deepseek-ai/deepseek-vl-7b-base", 1024, 576),

@@ -25,6 +25,9 @@ PUBLISHED = [
     # Wei et al. 2025, table 1: Base has 256, and Gundam 100 a tile; newlines and the separator besides.
     ("deepseek-ai/DeepSeek-OCR", (640, 640), 256 + 16 + 1),
     ("deepseek-ai/DeepSeek-OCR", (720, 1280), 256 + 16 + 1 + 2 * 100 + 10),
+    # transformers, test_processing_deepseek_ocr2.py.
+    ("deepseek-ai/DeepSeek-OCR-2", (300, 200), 257),
+    ("deepseek-ai/DeepSeek-OCR-2", (3264, 2448), 1121),
     # Wang et al. 2024 (Qwen2-VL), section 2.1: 224 x 224 has 66 tokens with the two tags around it.
     ("Qwen/Qwen2-VL-7B-Instruct", (224, 224), 66 - 2),
     ("Qwen/Qwen2.5-VL-7B-Instruct", (728, 1288), 26 * 46),
@@ -68,6 +71,8 @@ def test_a_budget_is_met_by_the_image_or_not_at_all():
     # The release's own numbers may be more than it takes untold; others are bounds.
     for budget, taken in ((70, 66), (140, 120), (280, 264), (560, 527), (1120, 1100), (600, 264), (100, 91)):
         assert count_tokens("google/gemma-4-31B-it", [(720, 1280)], budget) == (taken,)
+    assert count_tokens("deepseek-ai/DeepSeek-OCR-2", sizes, 144) == (144 + 1,) * 2
+    assert count_tokens("deepseek-ai/DeepSeek-OCR-2", sizes, 143) == (None, None)
     assert "| - |" in markdown(count_all(["llava-hf/llava-v1.6-mistral-7b-hf"], sizes, 576), sizes)
 
 

@@ -251,4 +251,5 @@ def build_encoder(section: RunConfig, path: str, image_size: tuple[int, int], dt
         raise ConfigError(
             f"{path}.combine: 'tuple' returns two feature maps; use 'feature', which joins them, with hybrid_mlp"
         )
-    return parse_kind(COMPOSITE_ENCODERS, rest, path, **parts)
+    own = {name: dtype for name, dtype in dtypes.items() if name in hints}  # of an encoder with parameters of its own
+    return parse_kind(COMPOSITE_ENCODERS, rest, path, **parts, **own)

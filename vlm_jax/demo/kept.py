@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm_jax.demo.regions import token_boxes
+from vlm_jax.encoders.causal_queries import CausalQueries
 from vlm_jax.models.vlm import VLM, flat_images
 from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
@@ -86,6 +87,8 @@ def _grids(full: System, reduced: System) -> tuple[Grid, Grid] | None:
         return None if views.block_tokens != 1 else ((1, 1), (1, 1))
     if not isinstance(views, Tiles) or (isinstance(views, MosaicViews) and views.mosaic is not None):
         return None
+    if isinstance(model.encoder, CausalQueries):
+        return None  # the features are in an order that the model learns, not at places of the image
     patches = model.encoder.grid(*views.tile_shape[:2])
     acts_on_features = other.reducer.reduces_in != "decoder" and other.reduce == "features"
     tokens = patches if acts_on_features else model.connector.token_grid(patches)

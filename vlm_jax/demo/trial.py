@@ -212,6 +212,8 @@ def caption(reducer: str, drawn: bool, views: Views) -> str:
         return "All parts of the picture were used"
     if drawn:
         return f"{reducer} kept the outlined parts of the picture, and dropped the grey ones"
+    if isinstance(views, MosaicViews) and not views.newlines:
+        return f"What {reducer} kept is not drawn: the tokens of this model are not at places of the picture"
     if isinstance(views, MosaicViews) and views.mosaic is not None:
         return f"What {reducer} kept is not drawn: this model sees the picture both as a whole and in tiles"
     return f"{reducer} drops no part of the picture as a whole"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from vlm_jax.encoders.aimv2 import AIMv2
 from vlm_jax.encoders.axial_vit import AxialViT
 from vlm_jax.encoders.cascade import Cascade
+from vlm_jax.encoders.causal_queries import CausalQueries
 from vlm_jax.encoders.encoder import Encoder, ImageEncoder, PackedEncoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.multiscale import MultiScale
@@ -26,6 +27,7 @@ from vlm_jax.encoders.vit import ViT
 ENCODERS: Mapping[str, type[ImageEncoder]] = {"vit": ViT, "aimv2": AIMv2, "resnet": ModifiedResNet, "sam": SAM}
 COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {
     "cascade": Cascade,
+    "causal_queries": CausalQueries,
     "hybrid": Hybrid,
     "multiscale": MultiScale,
 }

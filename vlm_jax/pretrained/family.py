@@ -164,7 +164,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 # Classes whose released configs have the model type of another system -> their own.
-_BY_CLASS = {"DeepseekOCRForCausalLM": "deepseek_ocr"}
+_BY_CLASS = {"DeepseekOCRForCausalLM": "deepseek_ocr", "DeepseekOCR2ForCausalLM": "DeepseekOCR2"}
 
 
 def marker(config: Config) -> str:

@@ -38,6 +38,7 @@ _QWEN2_VL = ("visual.patch_embed.proj.weight", "model.embed_tokens.weight")
 # `family.marker` -> the keys of the released files from which a family determines the parts and their
 # prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
+    "DeepseekOCR2": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_ocr": ("model.embed_tokens.weight", "lm_head.weight"),
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
     "gemma3": _GEMMA3,

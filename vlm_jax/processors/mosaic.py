@@ -11,8 +11,9 @@ from PIL import Image
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.image import height_and_width
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import cut, padded
-from vlm_jax.processors.tiling import Size, closest_ratio, ratio_candidates
+from vlm_jax.processors.tiling import Order, Size, closest_ratio, ratio_candidates
 from vlm_jax.processors.views import Images, Layout, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import Grid, WholesAndTiles
 
@@ -26,6 +27,7 @@ class Mosaic:
       tokens: rows and columns of tokens of a tile, or, where they form no grid, their number.
       min_tiles, max_tiles: of an image.
       threshold: an image whose sides are both at most this, in pixels, has no tiles.
+      order: of the grids to choose from, for ties; see `ratio_candidates`.
     """
 
     side: int
@@ -33,6 +35,7 @@ class Mosaic:
     min_tiles: int = 2
     max_tiles: int = 9
     threshold: int = 640
+    order: Order = "release"
 
     def grid(self, size: Size) -> Grid | None:
         """Rows and columns of tiles of an image of `size`; None without tiles."""
@@ -43,25 +46,31 @@ class Mosaic:
     @property
     def candidates(self) -> tuple[Grid, ...]:
         """The grids to choose from; a single tile is none."""
-        return ratio_candidates(self.min_tiles, self.max_tiles, "release")
+        return ratio_candidates(self.min_tiles, self.max_tiles, self.order)
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicViews(Tiles):
-    """The tiles of an image, the image as a whole, and a separator, with a newline after every row of tokens.
+    """The tiles of an image, the image as a whole, and a separator.
 
-    Newlines are the learned row 0 and the separator is the learned row 1. The visual table has the whole first.
+    With newlines the tokens of all tiles together, and those of the whole, are laid out row by row, with a newline
+    after every row; without, tile by tile. Newlines are the learned row 0, and the separator is the row after them.
+    The visual table has the whole first.
 
     Attributes:
-      pixels: resizing and normalisation; padding has the mean colour.
+      pixels: resizing and normalisation.
       side: side of the view of the whole, in pixels.
       tokens: rows and columns of its tokens, or, where they form no grid, their number: rows then do not end with a
         newline.
       stretched: whether the whole is stretched to a square; else it is padded.
       mosaic: the tiles; None for the whole alone.
       modes: other views of the release, to choose from for a bound on the tokens.
+      newlines: whether rows of tokens end with a learned newline; else tokens are not laid out by place.
+      background: colour beside a padded whole in 8 bits, whose corner is then rounded down, as in transformers; None
+        for the mean's colour and the rounding of Pillow.
 
-    Source: Wei et al. 2025 (DeepSeek-OCR), section 3.2.2; DeepSeek-OCR, modeling_deepseekocr.py, infer and forward.
+    Source: Wei et al. 2025 (DeepSeek-OCR), section 3.2.2; DeepSeek-OCR, modeling_deepseekocr.py, infer and forward;
+    DeepSeek-OCR-2, modeling_deepseekocr2.py, the same, without newlines.
     """
 
     pixels: Pixels
@@ -70,6 +79,8 @@ class MosaicViews(Tiles):
     stretched: bool = False
     mosaic: Mosaic | None = None
     modes: tuple["MosaicViews", ...] = ()
+    newlines: bool = True
+    background: tuple[int, ...] | None = None
 
     def grid(self, size: Size) -> Grid | None:
         """Rows and columns of tiles of an image of `size`; None without tiles."""
@@ -78,7 +89,12 @@ class MosaicViews(Tiles):
     def whole(self, picture: Image.Image) -> Image.Image:
         """The image as a whole, in 8 bits."""
         size = (self.side, self.side)
-        return self.pixels.resized(picture, size) if self.stretched else padded(picture, self.pixels, size)
+        if self.stretched:
+            return self.pixels.resized(picture, size)
+        if self.background is None:
+            return padded(picture, self.pixels, size)
+        view = SquareViews(self.pixels, size, fit="shrink_rounded", background=self.background, min_size=1)
+        return view.tile(picture)
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The tiles of an image, row by row, in 8 bits; none where it is small."""
@@ -104,22 +120,24 @@ class MosaicViews(Tiles):
         return made
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """Tiles, whole and separator, with a newline after every row of tokens."""
+        """Tiles, whole and separator, where there are newlines with one after every row of tokens."""
         return [self.layout(self.grid(size)) for size in sizes]
 
     def layout(self, grid: Grid | None) -> Layout:
         """The layout of an image with `grid` rows and columns of tiles, or without tiles."""
-        newline, separator, count = -1, -2, self.tile_tokens
+        newline, count = -1, self.tile_tokens
+        separator = newline - 1 if self.newlines else -1
         whole, parts = np.arange(count), []
         if grid is not None and self.mosaic is not None:
             (rows, cols), own = grid, self.mosaic.tokens
             tiles = count + np.arange(rows * cols * _count(own))
-            if not isinstance(own, int):
+            if self.newlines and not isinstance(own, int):
                 down, across = own
                 tiles = tiles.reshape(rows, cols, down, across).swapaxes(1, 2).reshape(rows * down, cols * across)
                 tiles = _with_ends(tiles, newline)
             parts.append(tiles)
-        parts.append(whole if isinstance(self.tokens, int) else _with_ends(whole.reshape(self.tokens), newline))
+        flat = isinstance(self.tokens, int) or not self.newlines
+        parts.append(whole if flat else _with_ends(whole.reshape(self.tokens), newline))
         return np.concatenate([*parts, [separator]])
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:

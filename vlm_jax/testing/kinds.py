@@ -48,6 +48,7 @@ SIZES = {
     "num_value_heads": 2,
     "key_dim": 4,
     "value_dim": 6,
+    "table_sizes": (9,),
 }
 
 # Parts of composite modules that take other inputs than pixels -> their fields.

@@ -11,12 +11,17 @@ DOWNSAMPLES = ("net_2", "net_3")
 
 
 def sam_rules(
-    *, grid: tuple[int, int], width: int, neck_dim: int, runs: tuple[tuple[str, range], ...]
+    *,
+    grid: tuple[int, int],
+    width: int,
+    neck_dim: int,
+    runs: tuple[tuple[str, range], ...],
+    qkv_bias: bool = True,
 ) -> tuple[Rule, ...]:
     """SAM and the convolutions after it, after `sam_model.`; arguments as in `sam.encoder_rules`."""
     convolutions = [conv(name, f"downsample_{number}") for number, name in enumerate(DOWNSAMPLES)]
     return (
-        *encoder_rules(SEGMENT_ANYTHING, grid=grid, width=width, neck_dim=neck_dim, runs=runs),
+        *encoder_rules(SEGMENT_ANYTHING, grid=grid, width=width, neck_dim=neck_dim, runs=runs, qkv_bias=qkv_bias),
         *(rule for rules in convolutions for rule in rules),
     )
 

@@ -23,6 +23,7 @@ from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
     deepseek_ocr,
+    deepseek_ocr2,
     gemma3,
     gemma4,
     idefics3,
@@ -75,9 +76,11 @@ def _llava(folder: Folder, config: Config) -> Processor:
 
 # Model type of a released config (`family.marker`) -> function that creates its processor.
 _CONVERSATIONS: Mapping[str, MakesProcessor] = {
+    "DeepseekOCR2": deepseek_ocr2.processor_release,
     "LLaVAOneVision1_5_text": text.processor,
     "deepseek_v2": text.processor,
     "deepseek_ocr": deepseek_ocr.processor,
+    "deepseek_ocr2": deepseek_ocr2.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
@@ -125,7 +128,9 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
 }
 # The same for the views of included configs, which are of the format of transformers where there are two.
 _VIEWS: Mapping[str, MakesViews] = {
+    "DeepseekOCR2": deepseek_ocr2.views_release,
     "deepseek_ocr": deepseek_ocr.views,
+    "deepseek_ocr2": deepseek_ocr2.views,
     "deepseek_vl": deepseek_hf.views,
     "deepseek_vl_hybrid": deepseek_hf.views_hybrid,
     "deepseek_vl_v2": deepseek.views2,

@@ -30,6 +30,7 @@ DEFAULTS: Fields = {
     "pad_token": "<｜▁pad▁｜>",
     "add_special_token": False,
 }
+SUPPORTED: Fields = {"add_special_token": (False,), "patch_size": (PATCH_SIZE,)}
 STRETCHED = 640  # without crops, images of at most this side are stretched, and larger ones padded
 # Sides of the modes without crops, tiny to large, as shares of SAM's training size; then that of a crop.
 MODES, CROP = (1 / 2, 5 / 8, 1, 5 / 4), 5 / 8
@@ -39,11 +40,23 @@ def processor(folder: Folder, config: Config) -> Processor:
     """The release's processor."""
     where = f"{folder}: processor_config.json"
     settings = with_defaults(processor_settings(folder), DEFAULTS, where)
-    check_supported(settings, {"add_special_token": (False,), "patch_size": (PATCH_SIZE,)}, where)
+    check_supported(settings, SUPPORTED, where)
+    return unmarked(folder, settings, views(folder, config), num_learned=2)
+
+
+def unmarked(folder: Folder, settings: Config, own_views: MosaicViews, *, num_learned: int) -> Processor:
+    """A processor of conversations without names of roles.
+
+    Args:
+      folder: with the tokenizer.
+      settings: those of the processor, with `DEFAULTS`.
+      own_views: of the release.
+      num_learned: learned rows of the views.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     prompt = UnmarkedPrompt(tokenizer, settings["image_token"])
     pad, ends = tokenizer.id_of(settings["pad_token"]), end_of_text(tokenizer)
-    return Processor(prompt, views(folder, config), tokenizer, pad, num_learned=2, end_tokens=ends)
+    return Processor(prompt, own_views, tokenizer, pad, num_learned=num_learned, end_tokens=ends)
 
 
 def views(folder: Folder, config: Config) -> MosaicViews:
