@@ -182,6 +182,7 @@ FORMS: dict[str, Form] = _table(
         drop_cls_token no_bias scale_attn_weights use_dynamic_ntk use_logn_attn multimodal_projector_bias norm_topk_prob
         preserve_original_pe s2 seq_aux token_pooling use_abs_pos use_rel_pos use_mla use_rope use_sliding_window
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
+        use_gated_mlp query_bias key_bias value_bias proj_bias
         use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square""",
     ),
     (

@@ -147,6 +147,7 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "clip_vision_model": image_text.clip,
     "dinov2": image_text.dinov2,
     "dinov2_with_registers": image_text.dinov2,
+    "dinov3_vit": image_text.dinov3,
     "open_clip": image_text.open_clip,
     "siglip": image_text.siglip,
     "siglip_text_model": image_text.siglip,
@@ -157,8 +158,8 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "vit": image_text.vit,
     "vit_jax": image_text.vit_jax,
 }
-# Of these, towers whose position table transformers interpolates for images of any size.
-ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
+# Of these, towers that transformers runs on images of any size: it interpolates their table, or they have none.
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
 # Included systems whose processor is `grouped`: the tokens of an image attend to each other in both directions.
 GROUPED = frozenset({"gemma3"})
 # With those that `register_family` of vlm_jax.pretrained adds.
