@@ -204,6 +204,7 @@ ROWS = (
         "tower, or with classes",
         live="images to features and classes, and back",
     ),
+    Row("DINOv3 (`transformers`)", ("dinov3_vit",), "tower", live="images to features, attention, and back"),
     Row(
         "CLIP (OpenAI names, open_clip, `transformers`)",
         ("clip", "clip_text_model", "clip_vision_model", "open_clip"),

@@ -189,7 +189,8 @@ FORMS: dict[str, Form] = _table(
         preserve_original_pe s2 seq_aux token_pooling use_abs_pos use_rel_pos use_mla use_rope use_sliding_window
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
         use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square
-        standardize use_clipped_linears attention_k_eq_v enable_moe_block""",
+        standardize use_clipped_linears attention_k_eq_v enable_moe_block
+        use_gated_mlp query_bias key_bias value_bias proj_bias""",
     ),
     (
         TEXT,

@@ -82,6 +82,13 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "facebook/dinov2-with-registers-base": (86_583_552, 768),
     "facebook/dinov2-with-registers-large": (304_372_736, 1024),
     "facebook/dinov2-with-registers-giant": (1_136_486_912, 1536),
+    # As transformers 5.24 counts.
+    "facebook/dinov3-vits16-pretrain-lvd1689m": (21_596_544, 384),
+    "facebook/dinov3-vits16plus-pretrain-lvd1689m": (28_692_864, 384),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": (85_660_416, 768),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": (303_129_600, 1024),
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": (840_592_640, 1280),
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": (6_716_035_072, 4096),
     "facebook/sam-vit-base": (89_670_912, 0),  # the image encoder
     "facebook/sam-vit-large": (308_278_272, 0),
     "facebook/sam-vit-huge": (637_026_048, 0),

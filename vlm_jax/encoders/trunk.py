@@ -35,6 +35,7 @@ class Trunk(nn.Module, kw_only=True):
       norm: kind of the blocks' norms and of the last one.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
+      key_bias, use_bias, mlp_bias: of the blocks, as in `TransformerBlock`.
       qk_norm, qk_norm_over, layer_scale: as in `TransformerBlock`.
       pre_norm: a norm before the first block, as CLIP has.
       final_norm: the last norm applies to all `tokens`, to the `pooled` vector only (as in Hugging
@@ -72,6 +73,9 @@ class Trunk(nn.Module, kw_only=True):
     norm: NormKind = "layer"
     norm_epsilon: NonNegative = 1e-6
     qkv_bias: bool = True
+    key_bias: bool | None = None
+    use_bias: bool = True
+    mlp_bias: bool | None = None
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     layer_scale: Finite | None = None
@@ -128,6 +132,7 @@ class Trunk(nn.Module, kw_only=True):
         *,
         num_prefix: int,
         collect: bool,
+        angles: Float[Array, "B T half"] | None = None,
     ) -> VisualFeatures:
         """Runs the blocks and the heads; to be called inside a subclass's compact `__call__`.
 
@@ -138,6 +143,7 @@ class Trunk(nn.Module, kw_only=True):
             there is one segment.
           num_prefix: tokens before the patches: a class token and registers, or 0.
           collect: also returns every hidden state.
+          angles: rotary angles of all tokens, 0 for those before the patches; None without rotary positions.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
@@ -152,6 +158,9 @@ class Trunk(nn.Module, kw_only=True):
             "norm": self.norm,
             "norm_epsilon": self.norm_epsilon,
             "qkv_bias": self.qkv_bias,
+            "key_bias": self.key_bias,
+            "use_bias": self.use_bias,
+            "mlp_bias": self.mlp_bias,
             "qk_norm": self.qk_norm,
             "qk_norm_over": self.qk_norm_over,
             "layer_scale": self.layer_scale,
@@ -163,15 +172,18 @@ class Trunk(nn.Module, kw_only=True):
             self._check_looked_into(collect)
         if self.merged:
             released = self.merging == "as_released"
-            tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix, released=released)
+            tokens = run_merging(
+                stack, x, segments, self.merged, num_prefix=num_prefix, released=released, angles=angles
+            )
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
             kept = tokens.place[:, num_prefix:] - num_prefix
         elif self.saliency != "none":
-            context = Context("full", segments, segments)
+            context = Context("full", segments, segments, angles=angles)
             x, saliency, keys = run_with_saliency(stack, x, context, self.saliency, class_token=num_prefix > 0)
             saliency, keys = self._returned(saliency, num_prefix), self._returned(keys, num_prefix)
         elif self.num_blocks:
-            x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
+            context = Context("full", segments, segments, angles=angles)
+            x, _, hidden = stack(x, context, collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
         mask = None if segments is None else segments > 0
         if self.final_norm == "tokens" and self.select_layer is None:

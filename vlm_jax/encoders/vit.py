@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -13,7 +14,8 @@ from vlm_jax.interpolation import ResizeKind
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D, sincos_2d
-from vlm_jax.ranges import Natural, Side, Size
+from vlm_jax.layers.rope_2d import centre_angles
+from vlm_jax.ranges import Natural, Positive, Side, Size
 from vlm_jax.types import Grid, VisualFeatures
 
 
@@ -29,17 +31,20 @@ class ViT(Trunk, kw_only=True):
     | Idefics3, SmolVLM | position_interpolation `cell` |
     | InternViT | class_token, class_position, layer_scale, qk_norm over the width, final_norm `none` |
     | DINOv2 | class_token, class_position, layer_scale, position_interpolation `bicubic`; num_registers; gated |
+    | DINOv3 | class_token, num_registers, layer_scale, no key_bias, position `rotary`; gated |
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
     | DeepSeek-OCR's CLIP | as CLIP, with final_norm `none`; embeds_patches off |
 
     Attributes:
       image_size: (height, width) in pixels of training; it determines the position table's size. None
-        where no table is learned: sin-cos positions then are patch indices, at any size.
+        where no table is learned: sin-cos positions then are patch indices, at any size. Rotary ones do not need it.
       patch_size: side of a patch in pixels, or in positions of the stem's map.
       patch_bias: a bias on the patch embedding.
       embeds_patches: whether the input is pixels; else a map [B, rows, columns, width] of embedded patches, those of
         another encoder, and `image_size` and `patch_size` are in positions of such a map.
-      position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
+      position: `learned`, `sincos`, `rotary` or `none`; the first two are interpolated for another image size. Rotary
+        ones are of the patches' centres relative to the image, in every block; tokens before the patches have none.
+      rope_theta: base of the wavelengths of rotary positions.
       position_interpolation: of a learned table, a kind of `vlm_jax.interpolation`.
       class_token: a learned token before the patches.
       class_position: a row of the position table for the class token.
@@ -55,7 +60,8 @@ class ViT(Trunk, kw_only=True):
     patch_size: Side
     patch_bias: bool = True
     embeds_patches: bool = True
-    position: Literal["learned", "sincos", "none"] = "learned"
+    position: Literal["learned", "sincos", "rotary", "none"] = "learned"
+    rope_theta: Positive = 100.0
     position_interpolation: ResizeKind = "bicubic_antialias"
     class_token: bool = False
     class_position: bool = False
@@ -118,7 +124,14 @@ class ViT(Trunk, kw_only=True):
         if self.class_token:
             x = jnp.concatenate([self._class_token(x.shape[0]), *self._registers(x.shape[0]), x], axis=1)
         num_prefix = self.class_token + self.num_registers
-        return self.encode(x, grid, None, num_prefix=num_prefix, collect=collect)
+        angles = self._angles(grid, num_prefix, x.shape[0]) if self.position == "rotary" else None
+        return self.encode(x, grid, None, num_prefix=num_prefix, collect=collect, angles=angles)
+
+    def _angles(self, grid: Grid, num_prefix: int, batch: int) -> Float[Array, "B T half"]:
+        """Rotary angles of all tokens: those before the patches are not rotated."""
+        angles = centre_angles(grid, self.width // self.num_heads, self.rope_theta)
+        angles = np.pad(angles, ((num_prefix, 0), (0, 0)))
+        return jnp.broadcast_to(jnp.asarray(angles)[None], (batch, *angles.shape))
 
     def _registers(self, batch: int) -> tuple[Float[Array, "B R D"], ...]:
         """The register tokens, where there are any."""

@@ -47,6 +47,7 @@ class TransformerBlock(nn.Module):
       post_norm: a norm of the attention's and of the feed-forward's output too, before it is added to x.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
+      key_bias: a bias on the key; `qkv_bias` when None.
       use_bias: biases on the other linear layers.
       mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
@@ -72,6 +73,7 @@ class TransformerBlock(nn.Module):
     head_dim: int | None = None
     gated: bool = False
     qkv_bias: bool = True
+    key_bias: bool | None = None
     use_bias: bool = True
     mlp_bias: bool | None = None
     qk_norm: NormKind | None = None
@@ -132,6 +134,7 @@ class TransformerBlock(nn.Module):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             use_bias=self.qkv_bias,
+            key_bias=self.key_bias,
             out_bias=self.use_bias,
             qk_norm=self.qk_norm,
             qk_norm_over=self.qk_norm_over,

@@ -57,6 +57,7 @@ def run_merging(
     num_prefix: int,
     released: bool = False,
     proportional: bool = True,
+    angles: Float[Array, "B T half"] | None = None,
 ) -> Merged:
     """Runs the blocks of a stack, merging counts[i] tokens in block i; tokens are returned in their original order.
 
@@ -68,6 +69,7 @@ def run_merging(
       num_prefix: tokens at the start that are never merged, and into which nothing is merged.
       released: returns tokens in the order of the released code; see `merge`.
       proportional: keys are weighted in attention by the number of patches merged into them.
+      angles: rotary angles of x, or None. A merged token has those of the first of its tokens.
 
     Source: Bolya et al. 2023 (ToMe), section 3; tome/merge.py and tome/patch/timm.py. Deviation unless
     `released`: the order of tokens.
@@ -78,7 +80,8 @@ def run_merging(
     tokens = Merged(x, size, place, segments)
     for layer, count in enumerate(counts):
         bias = jnp.log(jnp.maximum(tokens.size, 1)) if proportional else None
-        context = Context("full", tokens.segments, tokens.segments, key_bias=bias)
+        own = None if angles is None else _take(angles, tokens.place)
+        context = Context("full", tokens.segments, tokens.segments, angles=own, key_bias=bias)
         x, _, heads = stack.attend(tokens.x, context, layer)
         tokens = dataclasses.replace(tokens, x=x)
         if count:

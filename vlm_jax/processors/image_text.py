@@ -38,13 +38,15 @@ class ImageInputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SquareInputs:
-    """Images of one size, resized by Pillow: CLIP, SigLIP, ViT.
+    """Images of one size, resized by Pillow: CLIP, SigLIP, ViT; or in floats: DINOv3.
 
     Attributes:
       views: size, fit and statistics.
+      floats: stretches normalised pixels by this kind of interpolation, as torch does with floats; None for 8 bits.
     """
 
     views: SquareViews
+    floats: ResizeKind | None = None
 
     @property
     def size(self) -> Size:
@@ -55,9 +57,15 @@ class SquareInputs:
         """The same with another size and the same crop relative to the image."""
         edge, scale = self.views.shortest_edge, min(size) / min(self.size)
         edge = None if edge is None else round(edge * scale)
-        return SquareInputs(dataclasses.replace(self.views, size=size, shortest_edge=edge))
+        return dataclasses.replace(self, views=dataclasses.replace(self.views, size=size, shortest_edge=edge))
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B height width channels"]:
+        if self.floats is not None:
+            pixels = self.views.pixels
+            normalised = functools.partial(normalize, mean=pixels.mean, std=pixels.std)
+            return np.stack(
+                [interpolate(pixels.array(one), self.size, self.floats, convert=normalised) for one in pictures]
+            )
         return np.concatenate([seen.pixels for seen in self.views.images(pictures)])
 
 

@@ -33,6 +33,7 @@ class MultiHeadAttention(nn.Module):
       num_kv_heads: key and value heads K; Q when None.
       head_dim: H; width / Q when None.
       use_bias: biases on the query, key and value projections.
+      key_bias: a bias on the key projection; `use_bias` when None.
       out_bias: a bias on the output projection.
       qk_norm: normalises queries and keys before RoPE, or None.
       qk_norm_over: whether `qk_norm` is per head, or over all heads at once, as in InternViT.
@@ -50,6 +51,7 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
+    key_bias: bool | None = None
     out_bias: bool = True
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
@@ -86,11 +88,12 @@ class MultiHeadAttention(nn.Module):
             )
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = functools.partial(Dense, use_bias=self.use_bias, **settings)
+        dense = functools.partial(Dense, **settings)
+        key_bias = self.use_bias if self.key_bias is None else self.key_bias
         of_keys = (kv_heads * head_dim, (axes.EMBED, axes.KV_HEADS))
-        query = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="query")(x)
-        key = dense(*of_keys, name="key")(inputs_k)
-        value = key if self.value_is_key else dense(*of_keys, name="value")(inputs_v)
+        query = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), self.use_bias, name="query")(x)
+        key = dense(*of_keys, key_bias, name="key")(inputs_k)
+        value = key if self.value_is_key else dense(*of_keys, self.use_bias, name="value")(inputs_v)
         query, key, value = (y.reshape(*y.shape[:-1], -1, head_dim) for y in (query, key, value))
         if self.qk_norm is not None:
             norm = {

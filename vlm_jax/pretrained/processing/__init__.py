@@ -169,6 +169,7 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "clip_vision_model": image_text.clip,
     "dinov2": image_text.dinov2,
     "dinov2_with_registers": image_text.dinov2,
+    "dinov3_vit": image_text.dinov3,
     "open_clip": image_text.open_clip,
     "siglip": image_text.siglip,
     "siglip_text_model": image_text.siglip,
@@ -179,8 +180,8 @@ _IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "vit": image_text.vit,
     "vit_jax": image_text.vit_jax,
 }
-# Of these, towers whose position table transformers interpolates for images of any size.
-ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
+# Of these, towers that transformers runs on images of any size: it interpolates their table, or they have none.
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
 # Included systems whose processor may be `grouped`: tokens of an image, or of a prompt, attend to each other both ways.
 _GROUPED: Mapping[str, Callable[[Config], bool]] = {
     "gemma3": lambda config: True,

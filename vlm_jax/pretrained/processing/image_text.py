@@ -12,6 +12,7 @@ from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.interpolation import ResizeKind
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.family import PretrainedError, check_supported, with_defaults
@@ -67,6 +68,12 @@ DINOV2_DEFAULTS: Fields = {
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
 }
+# transformers, models/dinov3_vit/image_processing_dinov3_vit.py; the size of images is not the model's.
+DINOV3_DEFAULTS: Fields = {**IMAGENET_STATISTICS, "size": {"height": 224, "width": 224}, "resample": 2}
+_IN_FLOATS: dict[Image.Resampling, ResizeKind] = {
+    Image.Resampling.BILINEAR: "bilinear_antialias",
+    Image.Resampling.BICUBIC: "bicubic_antialias",
+}
 # big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and analogous ones at other sizes.
 _EDGE = 256 / 224
 
@@ -105,6 +112,21 @@ def dinov2(folder: Folder, config: Config, module: nn.Module) -> ImageTextProces
     del config, module
     settings = image_settings(folder, DINOV2_DEFAULTS)
     return ImageTextProcessor(SquareInputs(square_views(settings, f"{folder}: image processor", edge=True)))
+
+
+def dinov3(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
+    """DINOv3 of transformers, whose `DINOv3ViTImageProcessor` stretches images in floats.
+
+    Raises:
+      PretrainedError: unsupported settings, such as another filter, or a size that keeps the aspect ratio.
+    """
+    del config, module
+    settings, where = image_settings(folder, DINOV3_DEFAULTS), f"{folder}: image processor"
+    check_supported(settings, {"resample": tuple(map(int, _IN_FLOATS))}, where)
+    views = square_views(settings, where, edge=False)
+    if views.fit != "stretch":
+        raise PretrainedError(f"{where}: size: expected height and width, got {settings['size']}")
+    return ImageTextProcessor(SquareInputs(views, floats=_IN_FLOATS[views.pixels.resample]))
 
 
 def _stretched(folder: Folder, module: nn.Module, defaults: Config) -> SquareInputs:
