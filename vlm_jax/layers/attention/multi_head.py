@@ -127,7 +127,7 @@ class MultiHeadAttention(nn.Module):
             past = cache if cache.key.shape[-1] else None
         out = attention(query, key, value, context, past=past, scale=self.qk_scale).reshape(*x.shape[:-1], -1)
         if self.gated:
-            gate = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="gate")(x)
+            gate = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), self.use_bias, name="gate")(x)
             out = out * jax.nn.sigmoid(gate)
         width = self.out_dim or x.shape[-1]
         return Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)(out), fresh
