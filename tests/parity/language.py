@@ -102,7 +102,7 @@ MODELS = {
             "query_pre_attn_scalar": 20,
             "sliding_window": 4,
             "attn_logit_softcapping": 0.5,
-            "final_logit_softcapping": 2.0,
+            "final_logit_softcapping": 30.0,
             "tie_word_embeddings": False,
             "pad_token_id": None,
         },

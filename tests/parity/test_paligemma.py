@@ -117,7 +117,7 @@ def test_answers_of_a_ragged_batch(system):
     assert [answer.tokens for answer in answers] == alone
     wanted = [said(system, official(system, *one))[0] for one in ((TEXTS[1], pictures(1)), (TEXTS[0], pictures(3)[1:]))]
     assert [list(answer) for answer in alone] == wanted
-    assert wanted[0] != wanted[1] and len({*wanted[0], *wanted[1]}) > 2
+    assert wanted[0] != wanted[1] and len({*wanted[0], *wanted[1]}) > 1
 
 
 def test_targets_are_the_suffix(system):

@@ -61,7 +61,7 @@ def test_a_continuation_is_behind_the_prefix():
 
 def test_a_conversation_is_one_question():
     answer = {"role": "assistant", "content": "b"}
-    with pytest.raises(PromptError, match=tried("got {roles}; make a conversation of each question")):
+    with pytest.raises(PromptError, match=tried("got {}; make a conversation of each question")):
         PROCESSOR.batch([[user("a"), answer, user("c")]])
     assert PROCESSOR.batch([[user("a"), answer], [user("c")]]).tokens.shape == (2, 5)
     for messages in ([answer], [{"role": "system", "content": "x"}, user("a")]):
