@@ -12,8 +12,6 @@ from ..advice import tried
 
 FORMAT = PatchFormat(4, merge_size=3, channels_last=True)
 VIEWS = FilledViews(Pixels(), FORMAT, filled_size, 0, 8 * 144, budgets=(8, 32))
-    Pixels(), PatchFormat(4, merge_size=3, channels_last=True), filled_size, 0, 8 * 144, budgets=(8, 32)
-)
 
 
 def tokens(views, *size):
