@@ -19,7 +19,7 @@ from .kinds import leaves, small
 SIZES = {"patch_size": 2}
 WINDOWS = {"window_size": 8, "full_layers": (1,)}
 FIELDS = {
-    "axial_vit": [{"merge_size": 2, "table_length": 16}],
+    "axial_vit": [{"merge_size": 2, "table_length": 16, "depth": 1}],
     "naflex": [{"table_grid": (3, 5)}],
     "qwen_vit": [{}, WINDOWS],
     "siglip2_navit": [{}, WINDOWS],

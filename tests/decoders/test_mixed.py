@@ -20,7 +20,8 @@ def test_an_order_that_does_not_fit():
 
 def test_numbers_of_experts_without_experts():
     with pytest.raises(
-        ValueError, match=tried("num_experts and num_selected are not read without experts; set expert_dim")
+        ValueError,
+        match=tried("experts need their hidden width, not only num_experts and num_selected; set expert_dim"),
     ):
         small(MixedTransformer, num_experts=4)
     assert small(MixedTransformer, num_experts=4, expert_dim=8).expert_dim == 8

@@ -116,7 +116,7 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
                 f"{self.order}"
             )
         if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
-            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
+            raise ValueError("experts need their hidden width, not only num_experts and num_selected; set expert_dim")
         for kind in self.kinds:
             if self.num_heads % kind.num_kv_heads:
                 raise ValueError(f"{kind.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")

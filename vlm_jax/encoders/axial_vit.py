@@ -82,7 +82,10 @@ class AxialViT(PackedTrunk, kw_only=True):
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), use_bias=False, name="patch_embed", **settings)
         init = with_axes(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
         shape = self.table_length, self.width
-        row = self.param("row_positions", init, shape, self.param_dtype)
-        column = self.param("column_positions", init, shape, self.param_dtype)
+        # Whole on every device, since each reads any of its rows.
+        row, column = (
+            nn.with_logical_constraint(self.param(f"{name}_positions", init, shape, self.param_dtype), (None, None))
+            for name in ("row", "column")
+        )
         places = row[packed.positions[..., 0]] + column[packed.positions[..., 1]]
         return self.encode(embed(packed.patches) + places.astype(self.dtype), packed, collect=collect)

@@ -63,7 +63,7 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     # Keys of rope's own section are checked where it is read.
     inside_rope = {
         *("type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"),
-        *("low_freq_factor", "high_freq_factor"),
+        *("low_freq_factor", "high_freq_factor", "full_attention", "sliding_attention"),
     }
     assert read - FORMS.keys() - SECTIONS - inside_rope - {"model_registry"} == set()
 
