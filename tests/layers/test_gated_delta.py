@@ -49,7 +49,7 @@ def one_segment(length, held=1):
 
 @pytest.mark.parametrize("length", [1, 2, 5, CHUNK, 2 * CHUNK + 3])
 def test_chunks_are_one_token_after_another(length):
-    given, memory = inputs(length), inputs(1)[2][:, 0, :, None] * np.ones((1, 1, KEY, 1), np.float32)
+    given, memory = inputs(length), np.repeat(inputs(1)[2][:, 0, :, None], KEY, axis=2)
     out, after = jax.jit(chunked)(*given, memory, one_segment(length))
     expected, at_end = one_by_one(*given, memory)
     np.testing.assert_allclose(out, expected, atol=2e-5)
@@ -61,7 +61,8 @@ def test_steps_are_chunks():
     expected, at_end = chunked(*given, None, one_segment(3))
     out = []
     for t in range(3):
-        found, memory = step(*(x[:, t : t + 1] for x in given), memory, one_segment(1))
+        query, key, value, rate, decay = (jnp.asarray(x[:, t : t + 1]) for x in given)
+        found, memory = step(query, key, value, rate, decay, memory, one_segment(1))
         out.append(found)
     np.testing.assert_allclose(np.concatenate(out, axis=1), expected, atol=1e-5)
     np.testing.assert_allclose(memory, at_end, atol=1e-5)

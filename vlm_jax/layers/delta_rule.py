@@ -48,6 +48,11 @@ class Lineages(NamedTuple):
         runs = jnp.cumsum(filled != before, axis=1)
         return cls(runs, None if branches is None else jnp.where(real, branches, 0))
 
+    def padded(self, size: int) -> "Lineages":
+        """Those of a row to whose end padding is added, so that `size` divides it."""
+        branches = None if self.branches is None else _whole(self.branches, size)
+        return Lineages(_whole(self.runs, size, "edge"), branches)
+
     def masks(self, size: int) -> "Masks":
         """The masks of chunks of `size` tokens, which must divide the row."""
         runs = self.runs.reshape(self.runs.shape[0], -1, size)
@@ -171,7 +176,7 @@ def chunked(
     size = min(CHUNK, 1 << (length - 1).bit_length())
     query, key = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (query, key))
     query, key, value, rate, decay = (_in_chunks(x, size) for x in (query, key, value, rate, decay))
-    masks = Lineages(*(None if ids is None else _whole(ids, size, "edge") for ids in lineages)).masks(size)
+    masks = lineages.padded(size).masks(size)
     pairs, since_start, to_end, over = _log_decays(decay, masks)
     decays = jnp.exp(jnp.where(masks.sees[:, :, None], pairs, -jnp.inf))
     products = rate[..., None] * decays * jnp.einsum("bnhik,bnhjk->bnhij", key, key)

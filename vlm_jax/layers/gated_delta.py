@@ -87,8 +87,8 @@ class GatedDelta(nn.Module):
         """What `depth` layers keep before the first token."""
         rows, heads = (depth, batch_size), (self.num_value_heads, self.key_dim, self.value_dim)
         widths = (self.num_key_heads * self.key_dim,) * 2 + (self.num_value_heads * self.value_dim,)
-        tails = (jnp.zeros((*rows, self.window - 1, width), dtype) for width in widths)
-        return DeltaState(*tails, jnp.zeros((*rows, *heads), jnp.float32), jnp.zeros(rows, jnp.int32))
+        query, key, value = (jnp.zeros((*rows, self.window - 1, width), dtype) for width in widths)
+        return DeltaState(query, key, value, jnp.zeros((*rows, *heads), jnp.float32), jnp.zeros(rows, jnp.int32))
 
     @nn.compact
     def __call__(
@@ -124,7 +124,7 @@ class GatedDelta(nn.Module):
             return out, None
         count = jnp.sum(segments != PADDING_SEGMENT, axis=1)
         last = jnp.take_along_axis(segments, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-        return out, DeltaState(*tails, memory, jnp.where(count == 0, held.segment, last))
+        return out, DeltaState(tails[0], tails[1], tails[2], memory, jnp.where(count == 0, held.segment, last))
 
     def _check(self, context: Context) -> None:
         if self.num_value_heads % self.num_key_heads:
