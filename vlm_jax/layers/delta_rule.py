@@ -29,7 +29,8 @@ class Lineages(NamedTuple):
     Attributes:
       runs: number of the token's segment in its row, where 0 is the segment of the tokens before the row.
       branches: branch ids, 0 for padding: a token reads branch 0 and its own one, whose tokens are consecutive among
-        those of other branches than 0. None where there is one branch.
+        those of other branches than 0. What tokens of branch 0 write never depends on another branch, even if they come
+        after it. None where there is one branch.
     """
 
     runs: Int[Array, "B T"]
