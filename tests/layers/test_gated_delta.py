@@ -13,6 +13,7 @@ from vlm_jax.layers.delta_rule import CHUNK, Lineages, chunked, inverted, step
 from vlm_jax.layers.gated_delta import GatedDelta
 from vlm_jax.sharding.rules import use_mesh
 
+from ..advice import tried
 from ..parameters import drawn
 
 BATCH, KEY_HEADS, HEADS, KEY, VALUE, WIDTH = 2, 2, 4, 6, 5, 8
@@ -172,6 +173,11 @@ def test_errors_name_the_mechanism():
     module, params = layer()
     with pytest.raises(ValueError, match="2 heads of keys do not divide 3 of values"):
         jax.eval_shape(module.clone(num_value_heads=3).apply, params, row(2), Context("causal"))
-    mesh = jax.make_mesh((1, 1, 1, 2, 1), ("data", "fsdp", "tensor", "context", "expert"))
-    with use_mesh(mesh), pytest.raises(ValueError, match="expected a mesh whose axis context is 1"):
+    names, advice = (
+        ("data", "fsdp", "tensor", "context", "expert"),
+        tried("{shards.size}; use the devices for another axis"),
+    )
+    with use_mesh(jax.make_mesh((1, 1, 1, 2, 1), names)), pytest.raises(ValueError, match=advice):
+        jax.eval_shape(module.apply, params, row(2), Context("causal"))
+    with use_mesh(jax.make_mesh((1, 1, 2, 1, 1), names)):
         jax.eval_shape(module.apply, params, row(2), Context("causal"))

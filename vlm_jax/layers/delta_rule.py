@@ -79,14 +79,14 @@ class Lineages(NamedTuple):
             jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=2),
         )
 
-    def earlier(self, count: int) -> Int[Array, "count B T"]:
-        """Indices of the `count` tokens that each token reads last before itself, oldest first; -1 where there is none.
+    def earlier(self, count: int) -> Int[Array, "W B T"]:
+        """Indices of the last W = `count` tokens that each token reads before itself, oldest first; -1 for none.
 
         Raises:
           ValueError: there are no branches: these are then the tokens just before it.
         """
         if self.branches is None:
-            raise ValueError("expected branches, got None; shift the row")
+            raise ValueError("branches: expected an id of every token, got None, where the tokens just before are read")
         number = jnp.arange(self.runs.shape[1])[None]
         shared, others = (
             jax.lax.cummax(jnp.where(mask, number, -1), axis=1) for mask in (self.branches == 0, self.branches != 0)
