@@ -119,7 +119,7 @@ class GatedDelta(nn.Module):
             mixed, memory = step(query, key, value, rate, decay, cache.memory, lineages)
         else:
             mixed, memory = chunked(query, key, value, rate, decay, held.memory, lineages)
-        out = _moved(self._out(mixed.astype(self.dtype), x, width), jnp.argsort(order, axis=1))
+        out = _moved(self._out(mixed, x, width), jnp.argsort(order, axis=1))
         if cache is None:
             return out, None
         count = jnp.sum(segments != PADDING_SEGMENT, axis=1)
@@ -170,8 +170,7 @@ class GatedDelta(nn.Module):
                     part = jnp.take_along_axis(inputs, (past + earlier[place])[..., None], axis=1)
                 part = jnp.where(same[..., None], part, 0)
                 mixed += part.astype(jnp.float32) * kernel[place].astype(jnp.float32)[None, None]
-            mixed = ACTIVATIONS[self.activation](mixed.astype(self.dtype))
-            found.append(mixed.reshape(*x.shape[:2], heads, dim).astype(jnp.float32))
+            found.append(ACTIVATIONS[self.activation](mixed).reshape(*x.shape[:2], heads, dim))
         query, key, value = found
         return _unit(query) * self.key_dim**-0.5, _unit(key), value, tails
 
