@@ -91,8 +91,7 @@ ROWS = (
     Row(
         "Qwen3.5",
         ("qwen3_5", "qwen3_5_vision"),
-        "native resolution, merger, interleaved M-RoPE of a part of every head, times of videos, Gated DeltaNet and "
-        "gated attention",
+        "native resolution, merger, partial interleaved M-RoPE, times of videos, Gated DeltaNet and gated attention",
         live="conversation (a video too) to answer, and back",
     ),
     Row(

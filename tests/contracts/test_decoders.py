@@ -9,12 +9,15 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax import decoders
+from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.mixed import BlockKind
 from vlm_jax.layers.rope import Rope
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
+from vlm_jax.types import Drop
 
+from ..advice import tried
 from ..parameters import drawn
 from .kinds import SIZES, defined, leaves, small
 
@@ -241,8 +244,17 @@ def test_positions_of_a_group_read_each_other(kind, text):
 
 def test_a_gated_delta_layer_takes_no_groups(text):
     decoder, boxed = made("hybrid")
-    with pytest.raises(ValueError, match="expected no group_ids"):
+    with pytest.raises(ValueError, match=tried("got groups of positions that read each other; leave group_ids None")):
         jax.eval_shape(functools.partial(decoder.apply, method=grouped), boxed, *row(text), row(text)[2])
+    jax.eval_shape(functools.partial(decoder.apply, method=grouped), boxed, *row(text), None)
+
+
+def test_visual_tokens_are_ranked_by_a_layer_with_attention():
+    fields = {"depth": 3, "mixers": ("delta", "attention", "delta")}
+    advice = tried("choose layers of the reducer such that they are ranked by some of {known}")
+    with pytest.raises(ConfigError, match=advice):
+        small(DECODERS["hybrid"], **fields, drops=(Drop(1, 4, 0),))
+    assert small(DECODERS["hybrid"], **fields, drops=(Drop(2, 4, 1),)).drops
 
 
 @every_kind

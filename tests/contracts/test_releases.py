@@ -93,6 +93,7 @@ PACKED = (
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
+    ("qwen3_5", "pyramid_drop"): "which are gated delta layers",
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},
     **{(name, "tome"): _GRID for name in ("gemma3", "idefics3", "ovis", "ovis2", "qwen")},

@@ -66,6 +66,12 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen3-VL-32B-Instruct": (33_357_390_064, 0),
     "Qwen/Qwen3-VL-30B-A3B-Instruct": (31_070_754_032, 0),
     "Qwen/Qwen3-VL-235B-A22B-Instruct": (235_670_022_896, 0),
+    # The same; without the layers that predict several tokens, which transformers does not read.
+    "Qwen/Qwen3.5-0.8B": (852_985_920, 0),
+    "Qwen/Qwen3.5-2B": (2_213_241_664, 0),
+    "Qwen/Qwen3.5-4B": (4_539_265_536, 0),
+    "Qwen/Qwen3.5-9B": (9_409_813_744, 0),
+    "Qwen/Qwen3.5-27B": (27_356_728_560, 0),
     # By the size of its files; CLIP's own patch convolution is not used.
     "deepseek-ai/DeepSeek-OCR": (3_336_106_240, 602_112),
     "deepseek-ai/DeepSeek-OCR-2": (3_389_119_360, 0),  # of its class in transformers

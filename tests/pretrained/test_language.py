@@ -250,6 +250,31 @@ def test_gemma_4_of_released_and_of_newer_files():
             language_model({**text, **more}, {}, "config", **DTYPES)
 
 
+def test_the_layers_of_qwen3_5_follow_the_config():
+    """A list of kinds wins over the interval; layers that predict several tokens are named, to be left unread."""
+    rope = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5, "rope_theta": 1e7}
+    text = {**TINY, "model_type": "qwen3_5_text", "num_hidden_layers": 4, "head_dim": 16, "rope_parameters": rope}
+    for more, mixers in (
+        ({}, ("delta", "delta", "delta", "attention")),
+        ({"full_attention_interval": 2}, ("delta", "attention") * 2),
+        ({"layer_types": ["full_attention"] + ["linear_attention"] * 3}, ("attention", "delta", "delta", "delta")),
+    ):
+        found = language_model({**text, **more}, {}, "config", **DTYPES)
+        assert found.decoder.mixers == mixers and found.decoder.rotary_width == 8
+        assert found.decoder.rope == Rope(1e7, sections=(2, 1, 1), interleaved=True)
+        assert any(re.fullmatch(pattern, "mtp.layers.0.mlp.up_proj.weight") for pattern in found.ignore)
+    for more, told in (
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types: expected 4, one per layer, got 3"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ({"full_attention_interval": 0}, "full_attention_interval: expected a positive integer, got 0"),
+        ({"linear_num_key_heads": 3}, "linear_num_key_heads: expected a divisor of linear_num_value_heads, 32, got 3"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim: expected a positive integer, got 0"),
+        ({"rope_parameters": {**rope, "partial_rotary_factor": 0.1}}, "an even number of the 16 coordinates"),
+    ):
+        with pytest.raises(PretrainedError, match=told):
+            language_model({**text, **more}, {}, "config", **DTYPES)
+
+
 def test_biases_of_the_classes_that_have_a_switch():
     both = {"attention_bias": True, "mlp_bias": True}
     for kind, more, expected in (

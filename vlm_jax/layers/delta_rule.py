@@ -29,7 +29,8 @@ class Lineages(NamedTuple):
     Attributes:
       runs: number of the token's segment in its row, where 0 is the segment of the tokens before the row.
       branches: branch ids, 0 for padding: a token reads branch 0 and its own one, whose tokens are consecutive among
-        those of other branches than 0. None where there is one branch.
+        those of other branches than 0. What tokens of branch 0 write never depends on another branch, even if they come
+        after it. None where there is one branch.
     """
 
     runs: Int[Array, "B T"]
@@ -47,6 +48,11 @@ class Lineages(NamedTuple):
         before = jnp.concatenate([held[:, None], filled[:, :-1]], axis=1)
         runs = jnp.cumsum(filled != before, axis=1)
         return cls(runs, None if branches is None else jnp.where(real, branches, 0))
+
+    def padded(self, size: int) -> "Lineages":
+        """Those of a row to whose end padding is added, so that `size` divides it."""
+        branches = None if self.branches is None else _whole(self.branches, size)
+        return Lineages(_whole(self.runs, size, "edge"), branches)
 
     def masks(self, size: int) -> "Masks":
         """The masks of chunks of `size` tokens, which must divide the row."""
@@ -73,14 +79,14 @@ class Lineages(NamedTuple):
             jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=2),
         )
 
-    def earlier(self, count: int) -> Int[Array, "count B T"]:
-        """Indices of the `count` tokens that each token reads last before itself, oldest first; -1 where there is none.
+    def earlier(self, count: int) -> Int[Array, "W B T"]:
+        """Indices of the last W = `count` tokens that each token reads before itself, oldest first; -1 for none.
 
         Raises:
           ValueError: there are no branches: these are then the tokens just before it.
         """
         if self.branches is None:
-            raise ValueError("expected branches, got None; shift the row")
+            raise ValueError("branches: expected an id of every token, got None, where the tokens just before are read")
         number = jnp.arange(self.runs.shape[1])[None]
         shared, others = (
             jax.lax.cummax(jnp.where(mask, number, -1), axis=1) for mask in (self.branches == 0, self.branches != 0)
@@ -171,7 +177,7 @@ def chunked(
     size = min(CHUNK, 1 << (length - 1).bit_length())
     query, key = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (query, key))
     query, key, value, rate, decay = (_in_chunks(x, size) for x in (query, key, value, rate, decay))
-    masks = Lineages(*(None if ids is None else _whole(ids, size, "edge") for ids in lineages)).masks(size)
+    masks = lineages.padded(size).masks(size)
     pairs, since_start, to_end, over = _log_decays(decay, masks)
     decays = jnp.exp(jnp.where(masks.sees[:, :, None], pairs, -jnp.inf))
     products = rate[..., None] * decays * jnp.einsum("bnhik,bnhjk->bnhij", key, key)

@@ -87,8 +87,8 @@ class GatedDelta(nn.Module):
         """What `depth` layers keep before the first token."""
         rows, heads = (depth, batch_size), (self.num_value_heads, self.key_dim, self.value_dim)
         widths = (self.num_key_heads * self.key_dim,) * 2 + (self.num_value_heads * self.value_dim,)
-        tails = (jnp.zeros((*rows, self.window - 1, width), dtype) for width in widths)
-        return DeltaState(*tails, jnp.zeros((*rows, *heads), jnp.float32), jnp.zeros(rows, jnp.int32))
+        query, key, value = (jnp.zeros((*rows, self.window - 1, width), dtype) for width in widths)
+        return DeltaState(query, key, value, jnp.zeros((*rows, *heads), jnp.float32), jnp.zeros(rows, jnp.int32))
 
     @nn.compact
     def __call__(
@@ -119,12 +119,12 @@ class GatedDelta(nn.Module):
             mixed, memory = step(query, key, value, rate, decay, cache.memory, lineages)
         else:
             mixed, memory = chunked(query, key, value, rate, decay, held.memory, lineages)
-        out = _moved(self._out(mixed.astype(self.dtype), x, width), jnp.argsort(order, axis=1))
+        out = _moved(self._out(mixed, x, width), jnp.argsort(order, axis=1))
         if cache is None:
             return out, None
         count = jnp.sum(segments != PADDING_SEGMENT, axis=1)
         last = jnp.take_along_axis(segments, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-        return out, DeltaState(*tails, memory, jnp.where(count == 0, held.segment, last))
+        return out, DeltaState(tails[0], tails[1], tails[2], memory, jnp.where(count == 0, held.segment, last))
 
     def _check(self, context: Context) -> None:
         if self.num_value_heads % self.num_key_heads:
@@ -170,8 +170,7 @@ class GatedDelta(nn.Module):
                     part = jnp.take_along_axis(inputs, (past + earlier[place])[..., None], axis=1)
                 part = jnp.where(same[..., None], part, 0)
                 mixed += part.astype(jnp.float32) * kernel[place].astype(jnp.float32)[None, None]
-            mixed = ACTIVATIONS[self.activation](mixed.astype(self.dtype))
-            found.append(mixed.reshape(*x.shape[:2], heads, dim).astype(jnp.float32))
+            found.append(ACTIVATIONS[self.activation](mixed).reshape(*x.shape[:2], heads, dim))
         query, key, value = found
         return _unit(query) * self.key_dim**-0.5, _unit(key), value, tails
 

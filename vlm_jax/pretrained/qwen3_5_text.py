@@ -65,10 +65,10 @@ def qwen3_5_text(
     if wrong:
         messages = (f"{where}.{key}: expected a positive integer, got {size!r}" for key, size in wrong.items())
         raise PretrainedError("\n".join(messages))
-    if delta["num_value_heads"] % delta["num_key_heads"]:
+    keys, values = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
+    if values % keys:
         raise PretrainedError(
-            f"{where}.linear_num_key_heads: expected a divisor of linear_num_value_heads, {delta['num_value_heads']}, "
-            f"got {delta['num_key_heads']}"
+            f"{where}.linear_num_key_heads: expected a divisor of linear_num_value_heads, {values}, got {keys}"
         )
     rope_settings, rotary = _rotary(settings, head_dim, where)
     bias = settings["attention_bias"]
