@@ -74,6 +74,7 @@ OPTIONS = {
             "num_key_heads": 2,
             "num_value_heads": 2,
             "value_dim": 8,
+            "norm_epsilon": 1e-2,
             "tie_embeddings": False,
         },
     ),
@@ -251,7 +252,7 @@ def test_a_gated_delta_layer_takes_no_groups(text):
 
 def test_visual_tokens_are_ranked_by_a_layer_with_attention():
     fields = {"depth": 3, "mixers": ("delta", "attention", "delta")}
-    advice = tried("choose layers of the reducer such that they are ranked by some of {known}")
+    advice = tried("choose layers of the reducer such that they are ranked by some of {}")
     with pytest.raises(ConfigError, match=advice):
         small(DECODERS["hybrid"], **fields, drops=(Drop(1, 4, 0),))
     assert small(DECODERS["hybrid"], **fields, drops=(Drop(2, 4, 1),)).drops

@@ -175,7 +175,7 @@ def test_errors_name_the_mechanism():
         jax.eval_shape(module.clone(num_value_heads=3).apply, params, row(2), Context("causal"))
     names, advice = (
         ("data", "fsdp", "tensor", "context", "expert"),
-        tried("{shards.size}; use the devices for another axis"),
+        tried("got {}; use the devices for another axis"),
     )
     with use_mesh(jax.make_mesh((1, 1, 1, 2, 1), names)), pytest.raises(ValueError, match=advice):
         jax.eval_shape(module.apply, params, row(2), Context("causal"))
