@@ -77,6 +77,12 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
+        "Qwen2.5-Omni",
+        ("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen2_5_omni_vision_encoder"),
+        "the thinker without its audio encoder: Qwen2.5-VL's parts, positions by seconds of a video",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
         "Qwen3-VL, dense and with experts",
         ("qwen3_vl", "qwen3_vl_vision", "qwen3_vl_moe", "qwen3_vl_moe_vision"),
         "native resolution, mergers of several layers (DeepStack), interleaved M-RoPE, times of videos, Qwen3",
@@ -144,7 +150,7 @@ ROWS = (
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
-            "gemma3_text",
+            *("gemma3_text", "qwen2_5_omni_text"),
         ),
         "only the language model",
         "InternLM2 inside InternVL",
@@ -204,9 +210,9 @@ Golden arrays are outputs of the official implementations (`tests/golden`). Live
 `transformers`, saved and loaded here (`tests/parity`): from a conversation to the answer, compared with its own
 processor, the ids are equal, pixels within 1e-5, logits within 1e-4 of the largest, and 32 greedy ids equal, for text,
 one image, two, and a video; "and back" means that `transformers` reads the output of `save_pretrained` and gives the
-same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM,
-LLaVA-OneVision), as frames and, but for the last, as files that PyAV decodes for both; frames are resized with torch's
-rounding, which differs from Pillow's.
+same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni, Qwen3-VL, InternVL,
+SmolVLM, LLaVA-OneVision), as frames and, but for the last, as files that PyAV decodes for both; frames are resized with
+torch's rounding, which differs from Pillow's.
 
 A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
 c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.

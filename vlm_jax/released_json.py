@@ -114,6 +114,7 @@ SECTIONS = {
     *("high_res_vision_config", "high_res_cfg", "low_res_cfg", "visual_tokenizer_config", "backbone_config"),
     *("projector_config", "aligner_config", "qformer_config", "perceiver_config", "params"),
     *TOWERS,
+    "thinker_config",
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
     "video_sampling",
 }
@@ -136,7 +137,7 @@ FORMS: dict[str, Form] = _table(
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
-        text_hidden_size sliding_window_pattern mm_tokens_per_image""",
+        text_hidden_size sliding_window_pattern mm_tokens_per_image position_id_per_seconds""",
     ),
     (
         COUNT | NULL,

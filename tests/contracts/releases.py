@@ -211,6 +211,28 @@ FOLDERS = {
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
     ),
+    "qwen2_5_omni": Folder(
+        {
+            "model_type": "qwen2_5_omni",
+            "thinker_config": {
+                "model_type": "qwen2_5_omni_thinker",
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "depth": 3,
+                    "intermediate_size": 40,
+                    "out_hidden_size": 32,
+                    "window_size": 16,
+                    "fullatt_block_indexes": [1],
+                },
+                "text_config": {**QWEN_TEXT, "model_type": "qwen2_5_omni_text"},
+                **HEAD,
+            },
+        },
+        names={f"thinker.{key}": shape for key, shape in _QWEN.items()},
+        added=("<|vision_bos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_eos|>"),
+        image="<|vision_bos|><|IMAGE|><|vision_eos|>",
+        files=QWEN_FILES,
+    ),
     "qwen3_vl": Folder(
         {
             "model_type": "qwen3_vl",

@@ -66,6 +66,7 @@ TOKENS = {
     "ovis2": (9, 1),
     "ovis2_5": (6, 1),
     "qwen": (9, 1),
+    "qwen2_5_omni": (10, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
     "qwen3_vl": (10, 1),
@@ -73,7 +74,7 @@ TOKENS = {
 }
 # Tokens of the tiles behind the whole, where they have another size.
 PARTS = {"deepseek_ocr": (4, 4)}
-PACKED = ("llavaonevision1_5", "ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PACKED = ("llavaonevision1_5", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {

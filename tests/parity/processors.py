@@ -221,6 +221,40 @@ def qwen(kind, folder):
     return theirs, positions, PROCESSORS[kind](folder, config)
 
 
+# Qwen/Qwen2.5-Omni-7B, chat_template.json.
+OMNI_TEMPLATE = (
+    "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}"
+    "{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}"
+    "{% set audio_count.value = audio_count.value + 1 %}"
+    "{% if add_audio_id %}Audio {{ audio_count.value }}: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OMNI_TAGS = ("<|vision_bos|><|IMAGE|><|vision_eos|>", "<|vision_bos|><|VIDEO|><|vision_eos|>")
+
+
+def qwen2_5_omni_processor(chat_template=None):
+    """With patches of 14 pixels: the size of a video's frames is that of the class, whatever the folder says."""
+    names = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")}
+    names |= {f"{kind}_{edge}_token": f"<|{kind}_{edge}|>" for kind in ("vision", "audio") for edge in ("bos", "eos")}
+    return transformers.Qwen2_5OmniProcessor(
+        Qwen2VLImageProcessorPil(merge_size=2, size={"shortest_edge": 4 * 784, "longest_edge": 12 * 784}),
+        Qwen2VLVideoProcessor(merge_size=2, image_mean=[0.4, 0.5, 0.6], cap_pixels_per_frame=False),
+        transformers.WhisperFeatureExtractor(feature_size=8),
+        tokenizer("<|im_start|>", "<|im_end|>", **names),
+        chat_template=chat_template or template(OMNI_TAGS[0], video=OMNI_TAGS[1]),
+    )
+
+
 def patches_of(packed):
     """In the processor's order, without padding."""
     patches = np.asarray(packed.patches[0])

@@ -1,7 +1,9 @@
 """Tiny random systems of transformers, saved with their processors, and ours from the same folder."""
 
+import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 
@@ -19,6 +21,7 @@ from .processors import (
     llava_processor,
     ovis2_processor,
     qwen,
+    qwen2_5_omni_processor,
     save,
     smolvlm_processor,
 )
@@ -257,6 +260,61 @@ def qwen2_5_vl(folder):
     }
     classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
+
+
+def qwen2_5_omni_config(vocabulary):
+    """The sections of a thinker."""
+    return {
+        "text_config": {
+            "vocab_size": len(vocabulary),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
+            **TEXT,
+        },
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        "audio_config": {
+            "num_mel_bins": 8,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "output_dim": 32,
+        },
+        "vision_start_token_id": vocabulary.convert_tokens_to_ids("<|vision_bos|>"),
+        **{
+            f"{kind}_token_index": vocabulary.convert_tokens_to_ids(f"<|{kind.upper()}|>")
+            for kind in ("image", "video", "audio")
+        },
+    }
+
+
+def qwen2_5_omni_thinker(folder):
+    processor = qwen2_5_omni_processor()
+    config = transformers.Qwen2_5OmniThinkerConfig(**qwen2_5_omni_config(processor.tokenizer))
+    return saved(folder, processor, transformers.Qwen2_5OmniThinkerForConditionalGeneration(config))
+
+
+def qwen2_5_omni(folder):
+    """The thinker of a whole release, beside tensors of the parts that are not read."""
+    processor = qwen2_5_omni_processor()
+    config = transformers.Qwen2_5OmniConfig(
+        thinker_config=qwen2_5_omni_config(processor.tokenizer), enable_audio_output=False
+    )
+    model = randomised(transformers.Qwen2_5OmniForConditionalGeneration(config))
+    model.thinker.generation_config.eos_token_id = None
+    save(processor, folder)
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    beside = {"talker.model.embed_tokens.weight": np.ones((5, 4), np.float32), "token2wav.a": np.ones(3, np.float32)}
+    save_file(load_file(path) | beside, path, {"format": "pt"})
+    return processor, model.thinker, vlm_jax.from_pretrained(folder)
 
 
 QWEN3_TOWER = {

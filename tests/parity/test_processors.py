@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
 
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import deepseek_hf, gemma3, internvl_hf, llava_hf, ovis2_hf, qwen_hf
@@ -17,6 +19,7 @@ from vlm_jax.processors.video import EveryFrame, SegmentSampler
 from .processors import (
     ABOUT_A_VIDEO,
     INDICATORS,
+    OMNI_TEMPLATE,
     ONEVISION_TEMPLATE,
     QWEN,
     SIZES,
@@ -36,6 +39,7 @@ from .processors import (
     patches_of,
     pictures,
     qwen,
+    qwen2_5_omni_processor,
     same_ids,
     same_tiles,
     same_two_sizes,
@@ -169,7 +173,8 @@ def test_qwen_videos(tmp_path, kind):
     """Frames, many and few, at several rates; one larger than the limit, one smaller, one in between."""
     theirs, model, processor = qwen(kind, tmp_path)
     between = [frame.resize((48, 40)) for frame in frames(3)]
-    for given, fps in ((frames(5), 1.0), (pictures(1), 2.0), (between, 0.7), ([pictures(5)[4]] * 4, 3)):
+    rounded = [*between] * 4, 20 / 7  # 1.4 positions a step, which is less in float32: the fifth is 7 all the same
+    for given, fps in ((frames(5), 1.0), (pictures(1), 2.0), (between, 0.7), ([pictures(5)[4]] * 4, 3), rounded):
         ours = processor(ABOUT_A_VIDEO, videos=[given], fps=fps)
         still = {}
         if kind == "qwen3_vl" and len(given) == 1:  # which is refused there: the same frame, twice at one time
@@ -189,6 +194,68 @@ def test_a_video_file(tmp_path, kind):
     metadata = {"total_num_frames": len(given), "frames_indices": chosen}
     expected = official_video(theirs, ABOUT_A_VIDEO, [given[number] for number in chosen], 8.0, **metadata)
     same_video(processor(ABOUT_A_VIDEO, videos=[path]), expected, model, theirs)
+
+
+class OmniPositions:
+    """What a thinker's positions are computed from."""
+
+    spatial_merge_size = 2
+    get_rope_index = Qwen2_5OmniThinkerModel.get_rope_index
+    get_llm_pos_ids_for_vision = Qwen2_5OmniThinkerModel.get_llm_pos_ids_for_vision
+
+    def __init__(self, vocabulary, **more):
+        ids = {
+            f"{name}_token_id": vocabulary.convert_tokens_to_ids(token)
+            for name, token in {
+                **{kind: f"<|{kind.upper()}|>" for kind in ("image", "video", "audio")},
+                "vision_start": "<|vision_bos|>",
+                "audio_start": "<|audio_bos|>",
+            }.items()
+        }
+        self.config = Qwen2_5OmniThinkerConfig(**more)
+        for name, index in ids.items():
+            setattr(self.config, name, index)
+
+    def __call__(self, inputs):
+        given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        seconds = given.get("video_second_per_grid")
+        grids = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        found, _ = self.get_rope_index(
+            given["input_ids"], attention_mask=given["attention_mask"], second_per_grids=seconds, **grids
+        )
+        return found.numpy().transpose(1, 2, 0)
+
+
+def test_qwen2_5_omni(tmp_path):
+    """The release's template; videos at several rates; a file whose frames are not quite of the rate asked for."""
+    theirs = qwen2_5_omni_processor(OMNI_TEMPLATE)
+    thinker = {"vision_config": {"window_size": 112}, "position_id_per_seconds": 25}
+    made = {"model_type": "qwen2_5_omni", "thinker_config": thinker}
+    processor, positions = qwen_hf.processor_omni(*save(theirs, tmp_path, **made)), OmniPositions(theirs.tokenizer)
+    for images in (pictures(1), pictures(5)[2:]):
+        messages = conversation(len(images))
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_patches(ours, expected)
+        np.testing.assert_array_equal(ours.positions, positions(expected))
+    between = [frame.resize((480, 300)) for frame in frames(3)]
+    for given, fps in ((frames(5), 1.0), (pictures(1), 2.0), (between, 0.7), (frames(5) * 2, 3)):
+        described = {"fps": fps, "total_num_frames": len(given), "frames_indices": list(range(len(given)))}
+        asked = {"videos": [given], "video_metadata": [described], "fps": fps}
+        expected = official(theirs, ABOUT_A_VIDEO, [], "pt", **asked)
+        ours = processor(ABOUT_A_VIDEO, videos=[given], fps=fps)
+        same_ids(ours, expected)
+        np.testing.assert_allclose(patches_of(ours.images), expected["pixel_values_videos"], atol=1e-5)
+        np.testing.assert_array_equal(ours.positions, positions(expected))
+    assert 50 in ours.positions[0, :, 0] - ours.positions[0][np.asarray(ours.visual_index[0]) >= 0].min()
+    path = video_file(tmp_path / "video.mp4", (frames(5) * 5)[:25], 8)
+    given = decoded(path)
+    chosen = torch.linspace(0, len(given) - 1, 6).round().int().tolist()
+    ours = processor(ABOUT_A_VIDEO, videos=[path])
+    expected = official_video(theirs, ABOUT_A_VIDEO, [given[number] for number in chosen], 2.0)
+    same_ids(ours, expected)
+    np.testing.assert_allclose(patches_of(ours.images), expected["pixel_values_videos"], atol=1e-5)
+    np.testing.assert_array_equal(ours.positions, positions(expected))
 
 
 def test_qwen_with_patches_of_one_frame(tmp_path):

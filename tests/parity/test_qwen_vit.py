@@ -1,4 +1,4 @@
-"""Towers and mergers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL compared with transformers: loaded, applied, written back."""
+"""Towers and mergers of Qwen-VLs and Qwen2.5-Omni compared with transformers: loaded, applied, written back."""
 
 import functools
 import json
@@ -11,11 +11,14 @@ from safetensors.numpy import load_file, save_file
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniVisionEncoder
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -59,6 +62,21 @@ SYSTEMS = {
             "out_hidden_size": 32,
             "window_size": 16,
             "fullatt_block_indexes": [1, 3],
+        },
+    ),
+    "qwen2_5_omni_thinker": (
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        functools.partial(
+            Qwen2_5OmniThinkerConfig,
+            audio_config={"encoder_layers": 1, "d_model": 16, "encoder_attention_heads": 2, "encoder_ffn_dim": 8},
+        ),
+        {
+            **VISION,
+            "depth": 3,
+            "intermediate_size": 40,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
         },
     ),
     "qwen3_vl": (
@@ -184,6 +202,7 @@ def test_written_back_transformers_loads_it(saved, tmp_path):
     [
         ("qwen2_vl", Qwen2VisionTransformerPretrainedModel),
         ("qwen2_5_vl", Qwen2_5_VisionTransformerPretrainedModel),
+        ("qwen2_5_omni_thinker", Qwen2_5OmniVisionEncoder),
         ("qwen3_vl", Qwen3VLVisionModel),
     ],
 )

@@ -44,6 +44,8 @@ from .systems import (
     llava_next,
     llava_onevision,
     ovis2,
+    qwen2_5_omni,
+    qwen2_5_omni_thinker,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -70,13 +72,18 @@ SYSTEMS = (
     ovis2,
     qwen2_vl,
     qwen2_5_vl,
+    qwen2_5_omni,
+    qwen2_5_omni_thinker,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
 )
 
 
-VIDEOS = ("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+VIDEOS = (
+    *("internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe"),
+    "smolvlm",
+)
 
 
 FPS = 2.0
@@ -177,6 +184,20 @@ def test_the_way_back(system, tmp_path):
     reread = vlm_jax.from_pretrained(tmp_path / "ours").processor
     batches = [processor(*INPUTS["two images"]) for processor in (ours.processor, reread)]
     jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
+@pytest.mark.parametrize("system", (qwen2_5_omni,), indirect=True, ids=lambda made: made.__name__)
+def test_parts_that_are_not_read_are_written_back(system, tmp_path):
+    """The audio encoder, the talker and the waveform decoder."""
+    ours = system[2]
+    ours.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (ours.folder, tmp_path))
+    assert {key.split(".")[0] for key in before} == {"thinker", "talker", "token2wav"} and after.keys() == before.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor)
+    sound = [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]
+    with pytest.raises(ValueError, match="no item of type 'audio' is read"):
+        ours.processor(sound)
 
 
 def test_a_budget_of_visual_tokens(system):

@@ -53,6 +53,9 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen2-VL-2B-Instruct": ("2.21", 0),
     "Qwen/Qwen2-VL-7B-Instruct": (8_291_375_616, 0),
     "Qwen/Qwen2-VL-72B-Instruct": ("73.4", 0),
+    # The thinker, of 7B by the size of its files, with its audio encoder, by transformers 5.24.
+    "Qwen/Qwen2.5-Omni-3B": (4_703_464_448, 637_676_544),
+    "Qwen/Qwen2.5-Omni-7B": (8_931_813_888, 639_647_232),
     "Qwen/Qwen2.5-VL-3B-Instruct": ("3.75", 0),
     "Qwen/Qwen2.5-VL-7B-Instruct": (8_292_166_656, 0),
     "Qwen/Qwen2.5-VL-72B-Instruct": ("73.4", 0),

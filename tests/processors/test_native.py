@@ -51,8 +51,8 @@ def test_pictures_of_which_nothing_is_left_are_refused():
 
 
 def test_positions_of_a_video_follow_its_seconds():
-    expected = [[t, r, c] for t in (0, 2, 5) for r in range(2) for c in range(1)]  # 2.5 a step, truncated
-    np.testing.assert_array_equal(rotary_positions((3, 2, 1), 2.5), expected)
+    expected = [[t, r, c] for t in (0, 2, 5) for r in range(2) for c in range(1)]
+    np.testing.assert_array_equal(rotary_positions((3, 2, 1), np.array([0, 2, 5])), expected)
     timed = views(rotary_3d=True, tokens_per_second=5.0)
     (seen,) = timed.video([picture(16, 16)] * 3, 4.0)  # two frames are half a second
     assert sorted(set(seen.positions[:, 0])) == [0, 2]

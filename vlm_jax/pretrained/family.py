@@ -198,8 +198,18 @@ def marker(config: Config) -> str:
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 
+# Sections with a whole system, in released configs that have other parts beside it.
+_SYSTEM_SECTIONS = ("thinker_config",)
+
+
+def system_section(config: Config) -> Config:
+    """The section with encoder and language model, where a config has other parts beside them; else the config."""
+    return next((config[key] for key in _SYSTEM_SECTIONS if isinstance(config.get(key), Mapping)), config)
+
+
 def text_section(config: Config) -> Config:
     """The language model's section of a system's config; empty if there is none."""
+    config = system_section(config)
     return next((config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
 
 

@@ -49,6 +49,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "ovis": ("llm.model.norm.weight",),
     "ovis2_5": ("llm.model.norm.weight",),
     "qwen": ("transformer.wte.weight", "transformer.visual.proj"),
+    "qwen2_5_omni": tuple(f"thinker.{key}" for key in _QWEN2_VL),
     "qwen2_5_vl": _QWEN2_VL,
     "qwen2_vl": _QWEN2_VL,
     "qwen3_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),

@@ -109,6 +109,19 @@ QWEN2_VL_DEFAULTS: Fields = {
     "rope_theta": 1_000_000.0,
 }
 QWEN2_VL_SECTIONS = (16, 24, 24)
+# transformers, models/qwen2_5_omni/configuration_qwen2_5_omni.py, Qwen2_5OmniTextConfig.
+QWEN2_5_OMNI_DEFAULTS: Fields = {
+    **QWEN2_VL_DEFAULTS,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 32_768,
+    "max_window_layers": 28,
+    "tie_word_embeddings": True,
+}
 # transformers, models/qwen3_vl/configuration_qwen3_vl.py, Qwen3VLTextConfig.
 QWEN3_VL_DEFAULTS: Fields = {
     **_COMMON,
@@ -253,6 +266,12 @@ def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
     return llama(
         config, checkpoint, where, defaults=QWEN2_VL_DEFAULTS, qkv_bias=True, sections=QWEN2_VL_SECTIONS, **more
     )
+
+
+def qwen2_5_omni(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """The language model of Qwen2.5-Omni's thinker: Qwen2 with M-RoPE."""
+    own: Fields = {"defaults": QWEN2_5_OMNI_DEFAULTS, "sections": QWEN2_VL_SECTIONS}
+    return llama(config, checkpoint, where, qkv_bias=True, **own, **more)
 
 
 def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:

@@ -13,6 +13,12 @@ _QWEN2_VL = (
     (r"^visual", "model.visual"),
     (r"^model\.(?!language_model|visual)", "model.language_model."),
 )
+# Of the class of the thinker, which is the one that is trained.
+_QWEN2_5_OMNI = (
+    (r"^thinker\.", ""),
+    (r"^(visual|audio_tower)", r"model.\1"),
+    (r"^model\.(?!language_model|visual|audio_tower)", "model.language_model."),
+)
 
 # Model type -> (regular expression, replacement), applied to released keys in order; those of others are the same.
 MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -21,6 +27,8 @@ MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": _LLAVA,
+    "qwen2_5_omni": _QWEN2_5_OMNI,
+    "qwen2_5_omni_thinker": _QWEN2_5_OMNI,
     "qwen2_vl": _QWEN2_VL,
     "qwen2_5_vl": _QWEN2_VL,
 }

@@ -115,6 +115,8 @@ class NativeViews:
       image_edges, video_edges: the learned rows before and after an image and a video; None for none.
       rotary_3d: whether tokens have positions of time, row and column.
       tokens_per_second: temporal positions per second of video; None for one per temporal patch.
+      seconds_first: a time is computed in seconds first, and then multiplied by `tokens_per_second` (Qwen2.5-Omni),
+        which rounds to other positions at some rates than the product of the two.
       num_left: number of tokens of an image or a video before a reducer -> number after it; None for all.
       size_before: (height, width) to which an image counts as resized before `size_rule`; its own when None.
     """
@@ -133,6 +135,7 @@ class NativeViews:
     video_edges: tuple[int, int] | None = None
     rotary_3d: bool = False
     tokens_per_second: float | None = None
+    seconds_first: bool = False
     num_left: Callable[[int], int] | None = None
     size_before: Size | None = None
 
@@ -154,7 +157,7 @@ class NativeViews:
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares every image independently."""
         return [
-            self._prepared([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
+            self._prepared([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges)
             for picture in pictures
         ]
 
@@ -210,14 +213,11 @@ class NativeViews:
     ) -> list[PreparedImage]:
         """A video, whole or in parts; its frames get the size of the first, or a smaller one to meet `max_tokens`."""
         size = self._video_size(len(frames), height_and_width(frames[0]), max_tokens)
-        interval = 1.0
-        if self.tokens_per_second is not None and fps is not None:
-            interval = self.tokens_per_second * self.format.temporal_patch_size / fps
         pixels, depth = self.video_pixels or self.pixels, self.format.temporal_patch_size
         parts = [frames]
         if self.video_parts:
             parts = [frames[start : start + depth] for start in range(0, len(frames), depth)]
-        return [self._prepared(part, pixels, size, self.video_edges, interval) for part in parts]
+        return [self._prepared(part, pixels, size, self.video_edges, fps) for part in parts]
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
         """The layout of its single entry, or of each part."""
@@ -313,7 +313,7 @@ class NativeViews:
         pixels: Pixels,
         size: Size,
         edges: tuple[int, int] | None,
-        interval: float,
+        fps: float | int | None = None,
     ) -> PreparedImage:
         form = self.format
         resized = np.stack([pixels.array(pixels.resized(frame, size)) for frame in frames])
@@ -331,9 +331,19 @@ class NativeViews:
             frame = values.reshape(len(values), *shape)
             values = np.repeat(frame, form.temporal_patch_size, axis=-2).reshape(len(values), -1)
         merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
-        positions = rotary_positions(merged, interval) if self.rotary_3d else None
+        positions = rotary_positions(merged, self._times(grid[0], fps)) if self.rotary_3d else None
         layout = self._layout(grid[0], size, edges)
         return PreparedImage(values, self._left(math.prod(merged) * self.block_tokens), layout, grid, positions)
+
+    def _times(self, count: int, fps: float | int | None) -> Int[np.ndarray, " count"]:
+        """Temporal positions of a video's temporal patches, computed in float32 and truncated as in the releases."""
+        numbers = np.arange(count)
+        if self.tokens_per_second is None or fps is None:
+            return numbers
+        factors = np.float32(self.format.temporal_patch_size / fps), np.float32(self.tokens_per_second)
+        found = numbers.astype(np.float32)
+        found = found * factors[0] * factors[1] if self.seconds_first else found * (factors[0] * factors[1])
+        return found.astype(np.int64)
 
 
 def _item_limits(size: ItemSize, least: int, most: int, block_pixels: int) -> tuple[int, int]:
@@ -359,17 +369,17 @@ def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.
     return values
 
 
-def rotary_positions(grid: tuple[int, int, int], interval: float) -> Int[np.ndarray, "n 3"]:
+def rotary_positions(grid: tuple[int, int, int], times: Int[np.ndarray, " times"]) -> Int[np.ndarray, "n 3"]:
     """(time, row, column) of the tokens of a grid.
 
     Args:
       grid: times, rows and columns, in tokens.
-      interval: between two times; positions are truncated.
+      times: temporal position of each time.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.3.
     """
     positions = np.indices(grid).reshape(3, -1).T
-    positions[:, 0] = (positions[:, 0] * np.float32(interval)).astype(np.int64)
+    positions[:, 0] = times[positions[:, 0]]
     return positions
 
 

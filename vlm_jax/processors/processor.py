@@ -115,6 +115,8 @@ class Processor:
       end_tokens: names of the tokens that end an answer in the release's code; its generation config may add more.
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
       frame_sampler: selects frames of a video file.
+      rate_as_asked: times of a video file count with the frames per second that its sampler was asked for
+        (Qwen2.5-Omni), instead of those that it selected.
       table_rows: number of tokens in the model's table; None where a text cannot have others.
       reduction: the token reducer, which `views` takes into account; None for none.
       grouped: the visual tokens of a place attend to each other in both directions; see `types.Batch.group_ids`.
@@ -131,6 +133,7 @@ class Processor:
     end_tokens: tuple[str, ...] = ()
     max_pixels: int = 100_000_000
     frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
+    rate_as_asked: bool = False
     reduction: Reduction | None = None
     table_rows: int | None = None
     grouped: bool = False
@@ -597,7 +600,10 @@ class Processor:
         source, settings = video.source, video.frames
         if isinstance(source, str | os.PathLike | bytes):
             reading = {key: value for key, value in options.items() if key != "mode"}
-            clip = read_video(source, frame_sampler.following(settings), name=name, **reading)
+            sampler = frame_sampler.following(settings)
+            clip = read_video(source, sampler, name=name, **reading)
+            if self.rate_as_asked:
+                clip = clip._replace(fps=sampler.fps if isinstance(sampler, RateSampler) else FRAME_RATE)
             mode = options["mode"]
             return clip._replace(frames=[one if one.mode == mode else one.convert(mode) for one in clip.frames])
         check_list(source, name)

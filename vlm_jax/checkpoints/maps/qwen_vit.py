@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, in released files under `visual.`."""
+"""The vision towers of Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni and Qwen3-VL, in released files under `visual.`."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,9 @@ from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, fused, layer_
 from vlm_jax.checkpoints.rules import Rule
 
 
-def encoder_rules(*, width: int, window: tuple[int, ...], gated: bool, table: bool = False) -> tuple[Rule, ...]:
+def encoder_rules(
+    *, width: int, window: tuple[int, ...], gated: bool, table: bool = False, fused_heads: bool = True
+) -> tuple[Rule, ...]:
     """Patches and blocks of a `QwenViT`, or of a `Siglip2NaViT` with its table where `table`.
 
     Args:
@@ -14,6 +16,7 @@ def encoder_rules(*, width: int, window: tuple[int, ...], gated: bool, table: bo
       window: the axes of a patch in the weight: (channels, frames, rows, columns), or without frames.
       gated: SwiGLU and RMSNorm (Qwen2.5-VL), else a plain feed-forward and LayerNorm (Qwen2-VL).
       table: whether there are a position table and a bias of the patches (Qwen3-VL).
+      fused_heads: whether query, key and value are one tensor; else three (Qwen2.5-Omni).
     """
     block, target = "blocks.{layer}", "blocks/layers"
     heads = tuple(f"{target}/attention/{name}" for name in ("query", "key", "value"))
@@ -24,12 +27,15 @@ def encoder_rules(*, width: int, window: tuple[int, ...], gated: bool, table: bo
     rules = [
         Rule("patch_embed.proj.weight", "patch_embed/kernel", conv_of_patches(width, window)),
         *norm(f"{block}.norm1", f"{target}/attention_norm"),
-        *fused(f"{block}.attn.qkv", heads, width),
+        *(fused(f"{block}.attn.qkv", heads, width) if fused_heads else ()),
         *linear(f"{block}.attn.proj", f"{target}/attention/out"),
         *norm(f"{block}.norm2", f"{target}/mlp_norm"),
     ]
     for released, ours in names.items():
         rules += linear(f"{block}.mlp.{released}", f"{target}/mlp/{ours}")
+    if not fused_heads:
+        for released, head in zip("qkv", heads, strict=True):
+            rules += linear(f"{block}.attn.{released}", head)
     if table:
         rules += [Rule("patch_embed.proj.bias", "patch_embed/bias"), Rule("pos_embed.weight", "positions/table")]
     return tuple(rules)

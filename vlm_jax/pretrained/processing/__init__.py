@@ -18,7 +18,7 @@ from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.plugins import Registry, lacking_of_function
-from vlm_jax.pretrained.family import PretrainedError, marker, text_section
+from vlm_jax.pretrained.family import PretrainedError, marker, system_section, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
@@ -99,6 +99,9 @@ _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "ovis2_5": ovis.processor2_5,
     "qwen": qwen.processor,
     "qwen2": text.processor,
+    "qwen2_5_omni": qwen_hf.processor_omni,
+    "qwen2_5_omni_text": text.processor,
+    "qwen2_5_omni_thinker": qwen_hf.processor_omni,
     "qwen2_vl": qwen_hf.processor,
     "qwen2_5_vl": qwen_hf.processor,
     "qwen2_5_vl_text": text.processor,
@@ -131,6 +134,8 @@ _VIEWS: Mapping[str, MakesViews] = {
     "ovis2": ovis2_hf.views,
     "ovis2_5": ovis.views2_5,
     "qwen": qwen.views,
+    "qwen2_5_omni": qwen_hf.views_omni,
+    "qwen2_5_omni_thinker": qwen_hf.views_omni,
     "qwen2_vl": qwen_hf.views,
     "qwen2_5_vl": qwen_hf.views,
     "qwen3_vl": qwen_hf.views3,
@@ -299,7 +304,7 @@ def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
     if not ids:
         last = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         size = model.decoder.vocab_size if isinstance(model, VLM) and model.decoder is not None else None
-        found = _stated_ends(config) or _stated_ends(text_section(config))
+        found = _stated_ends(system_section(config)) or _stated_ends(text_section(config))
         ids = tuple(index for index in found if size is None or index < size) or last
     return tuple(dict.fromkeys(ids))
 

@@ -1,10 +1,11 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and LLaVA-OneVision 1.5, which has their processor."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni and Qwen3-VL, and LLaVA-OneVision 1.5, which has their processor."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.encoders.packed import window_in_blocks
-from vlm_jax.pretrained.family import PretrainedError, check_supported
+from vlm_jax.pretrained.family import PretrainedError, check_supported, system_section
 from vlm_jax.pretrained.processing.settings import (
     HALF_STATISTICS,
     Folder,
@@ -38,7 +39,13 @@ QWEN3_VIDEO_PIXELS = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 *
 QWEN3_VIDEO_TOKENS = 768
 # transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
 QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
+# transformers, models/qwen2_5_omni/configuration_qwen2_5_omni.py, Qwen2_5OmniThinkerConfig.
+OMNI_POSITIONS_PER_SECOND = 25
+# qwen-omni-utils, v2_5/vision_process.py, VIDEO_TOTAL_PIXELS.
+OMNI_VIDEO_TOKENS = 115_200
 TOKENS: dict[Kind, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+# Names of Qwen2.5-Omni's tokens in the tokenizer's files, and the tokens where it has no such name.
+OMNI_NAMES: dict[Kind, tuple[str, str]] = {"image": ("image_token", "<|IMAGE|>"), "video": ("video_token", "<|VIDEO|>")}
 # The template's own tags stay around all parts of a video: processing_qwen3_vl.py, replace_video_token.
 QWEN3_PART = "<{seconds} seconds><|vision_start|><|video_pad|><|vision_end|>"
 # QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
@@ -58,6 +65,36 @@ def views(folder: Folder, config: Config) -> NativeViews:
         fields["tokens_per_second"] = float(vision.get("tokens_per_second", QWEN2_5_DEFAULTS["tokens_per_second"]))
         fields["window_size"] = vision.get("window_size", QWEN2_5_DEFAULTS["window_size"])
     return _views(folder, DEFAULTS, **fields)
+
+
+def processor_omni(folder: Folder, config: Config) -> Processor:
+    """The processor of a folder of Qwen2.5-Omni, for texts, images and videos without their sound.
+
+    Times of a video file count with the rate that was asked for, as in the processor of transformers.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens: dict[Kind, str] = {kind: tokenizer.names.get(role, name) for kind, (role, name) in OMNI_NAMES.items()}
+    made = _processor(folder, config, views_omni(folder, config), tokens=tokens)
+    return dataclasses.replace(made, rate_as_asked=True)
+
+
+def views_omni(folder: Folder, config: Config) -> NativeViews:
+    """Views of a folder of Qwen2.5-Omni.
+
+    Frames of videos have the limits of its processor in transformers, which overrides those that files state.
+    """
+    thinker = system_section(config)
+    vision = thinker.get("vision_config") or {}
+    return _views(
+        folder,
+        DEFAULTS,
+        max_tokens=OMNI_VIDEO_TOKENS,
+        rotary_3d=True,
+        tokens_per_second=float(thinker.get("position_id_per_seconds", OMNI_POSITIONS_PER_SECOND)),
+        seconds_first=True,
+        window_size=vision.get("window_size", QWEN2_5_DEFAULTS["window_size"]),
+        video_size=VIDEO_PIXELS,
+    )
 
 
 def processor_of_frames(folder: Folder, config: Config) -> Processor:
@@ -81,12 +118,17 @@ def views_of_frames(folder: Folder, config: Config) -> NativeViews:
 
 
 def _processor(
-    folder: Folder, config: Config, own: NativeViews, released: as_released.Released | None = None
+    folder: Folder,
+    config: Config,
+    own: NativeViews,
+    *,
+    released: as_released.Released | None = None,
+    tokens: Mapping[Kind, str] = TOKENS,
 ) -> Processor:
     """With the template of a folder, and frames of video files selected as it states."""
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer.names)
-    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=released)
+    prompt = TemplatePrompt(template, tokenizer, marks=tokens, tokens=tokens, learned=LEARNED, released=released)
     pad, sampler = pad_id(tokenizer, config), _sampler(video_settings(folder))
     return Processor(prompt, own, tokenizer, pad, rotary_3d=own.rotary_3d, frame_sampler=sampler)
 
@@ -99,7 +141,9 @@ def _views(
     rotary_3d: bool = False,
     window_size: int | None = None,
     tokens_per_second: float | None = None,
+    seconds_first: bool = False,
     class_tokens: bool = False,
+    video_size: Mapping[str, int] | None = None,
 ) -> NativeViews:
     """Images, and videos whose frames each are bounded, as the files of a folder state over `defaults`.
 
@@ -107,12 +151,14 @@ def _views(
       folder: of the checkpoint.
       defaults: settings of images that no file states.
       max_tokens: of a video.
-      rotary_3d, tokens_per_second: as in `NativeViews`.
+      rotary_3d, tokens_per_second, seconds_first: as in `NativeViews`.
       window_size: side of an attention window, in pixels.
       class_tokens: as in `PatchFormat`.
+      video_size: limits of the pixels of a frame, whatever the files state; None for those of the files.
     """
     settings, videos = image_settings(folder, defaults), video_settings(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
+    frames = _limits(videos, VIDEO_PIXELS) if video_size is None else _limits({}, video_size)
     patch, merge = settings["patch_size"], settings["merge_size"]
     window = None if window_size is None else window_in_blocks(window_size, patch, merge)
     return NativeViews(
@@ -121,10 +167,11 @@ def _views(
         qwen_size,
         least,
         most,
-        video_limits=VideoLimits(*_limits(videos, VIDEO_PIXELS), max_tokens),
+        video_limits=VideoLimits(*frames, max_tokens),
         video_pixels=video_pixels(folder, settings),
         rotary_3d=rotary_3d,
         tokens_per_second=tokens_per_second,
+        seconds_first=seconds_first,
     )
 
 

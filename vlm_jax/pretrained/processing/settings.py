@@ -9,7 +9,7 @@ from typing import cast
 from etils import epath
 from PIL import Image
 
-from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
+from vlm_jax.pretrained.family import PretrainedError, check_supported, system_section, text_section
 from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
 from vlm_jax.processors.image import FIXED_POINT
 from vlm_jax.processors.pixels import Pixels
@@ -230,7 +230,7 @@ def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def pad_id(tokenizer: Tokenizer, config: Config) -> int:
     """The tokenizer's padding id, the config's, or 0."""
-    stated = (config.get("pad_token_id"), text_section(config).get("pad_token_id"))
+    stated = (system_section(config).get("pad_token_id"), text_section(config).get("pad_token_id"))
     candidates = (tokenizer.pad_id, *stated, tokenizer.eos_id, 0)
     return next(index for index in candidates if isinstance(index, int) and index >= 0)
 
