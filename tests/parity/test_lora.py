@@ -28,10 +28,12 @@ from vlm_jax.types import Batch
 from ..advice import tried
 from ..parameters import drawn
 from .language import check, made, their_logits
-from .systems import llava, qwen2_5_vl
+from .systems import gemma3, llava, qwen2_5_omni_thinker, qwen2_5_vl
 from .test_training import case_of, inputs_of
 
+SYSTEMS = (qwen2_5_vl, qwen2_5_omni_thinker, llava, gemma3)
 SETTINGS = LoraSettings(rank=3, alpha=2.0, target=("encoder/blocks", "connector", "decoder"))
+NO_PROJECTION = ("gemma3",)  # which is a parameter of its own there, and no module that peft adapts
 STEPS, RATE = 4, 1e-2
 # peft 0.21 asks transformers 5.24 by a name that it will remove.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -48,6 +50,12 @@ class Adapted:
     @property
     def experiment(self):
         return self.case.experiment
+
+    @property
+    def settings(self):
+        """Without what peft cannot adapt."""
+        no = ("connector",) if self.kind in NO_PROJECTION else ()
+        return dataclasses.replace(SETTINGS, target=tuple(part for part in SETTINGS.target if part not in no))
 
     def params(self, settings, *, start=False):
         """The release's parameters with random adapters; `b` is zero at the start."""
@@ -77,10 +85,15 @@ class Adapted:
         return folder
 
 
-@pytest.fixture(scope="module", params=[qwen2_5_vl, llava], ids=["qwen2_5_vl", "llava"])
+@pytest.fixture(scope="module", params=SYSTEMS, ids=lambda made: made.__name__)
 def system(request, tmp_path_factory):
     case = case_of(request.param, tmp_path_factory.mktemp("release"))
     return Adapted(request.param.__name__, case, inputs_of(case))
+
+
+def of(*systems):
+    """A test of these alone."""
+    return pytest.mark.parametrize("system", systems, indirect=True, ids=lambda made: made.__name__)
 
 
 def close(got, want, limit=1e-4):
@@ -89,7 +102,7 @@ def close(got, want, limit=1e-4):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_reads_a_folder_of_adapters_as_they_were(system, rslora, tmp_path):
-    settings = dataclasses.replace(SETTINGS, rslora=rslora)
+    settings = dataclasses.replace(system.settings, rslora=rslora)
     params = system.params(settings)
     ours = system.logits(adapted(params, settings))
     base = system.logits({part: tree for part, tree in params.items() if part != LORA})
@@ -107,9 +120,12 @@ def test_peft_reads_a_folder_of_adapters_as_they_were(system, rslora, tmp_path):
 
 
 def test_an_adapter_of_peft_is_merged_as_peft_does(system, tmp_path):
+    qwen = r".*language_model.*(q|v|o|gate)_proj|.*visual\.blocks.*({}|up_proj)|.*merger\.mlp\.[02]"
     names = {
-        "qwen2_5_vl": r".*language_model.*(q|v|o|gate)_proj|.*visual\.blocks.*(qkv|up_proj)|.*merger\.mlp\.[02]",
+        "qwen2_5_vl": qwen.format("qkv"),
+        "qwen2_5_omni_thinker": qwen.format(r"attn\.[qv]"),
         "llava": r".*(q_proj|out_proj|fc1|down_proj)|.*multi_modal_projector.linear_\d",
+        "gemma3": r".*(q_proj|out_proj|o_proj|fc1|down_proj)",
     }
     own = {"rank_pattern": {".*layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"up_proj|fc1": 7.0}}
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=names[system.kind], use_rslora=True, **own)
@@ -129,6 +145,7 @@ PLAIN = LoraSettings(
 )
 
 
+@of(qwen2_5_vl, qwen2_5_omni_thinker, llava)
 def test_steps_are_those_of_peft(system, tmp_path):
     params = system.params(PLAIN, start=True)
     folder = system.save(tmp_path / "adapter", params, PLAIN)
@@ -170,6 +187,14 @@ def test_steps_are_those_of_peft(system, tmp_path):
         np.testing.assert_allclose(after[name], want[name], atol=2e-3 * STEPS * RATE + 1e-4, err_msg=name)
 
 
+@of(gemma3)
+def test_a_projection_that_is_no_module_is_named(system, tmp_path):
+    told = r"mm_input_projection_weight \(16, 32\) is not the weight of a linear module"
+    with pytest.raises(CheckpointFileError, match=told):
+        system.save(tmp_path / "adapter", system.params(SETTINGS), SETTINGS)
+
+
+@of(qwen2_5_vl, llava)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,6 +212,7 @@ def test_other_kinds_of_adapters_are_refused(system, change, message, tmp_path):
         vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
 
 
+@of(qwen2_5_vl, llava)
 def test_factors_that_do_not_fit_are_named(system, tmp_path):
     folder = system.save(tmp_path / "adapter", system.params(SETTINGS), SETTINGS)
     tensors = safetensors.numpy.load_file(folder / WEIGHTS)

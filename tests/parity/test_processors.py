@@ -26,7 +26,9 @@ from vlm_jax.pretrained.processing import (
 )
 from vlm_jax.processors.filled import filled_size
 from vlm_jax.processors.video import EveryFrame, SegmentSampler
+from vlm_jax.processors.views import PictureMismatch
 
+from ..advice import tried
 from .processors import (
     ABOUT_A_VIDEO,
     INDICATORS,
@@ -387,6 +389,24 @@ def test_gemma3_with_pan_and_scan(tmp_path):
         np.testing.assert_array_equal(batch.group_ids > 0, inputs["token_type_ids"])
         check_rows(batch, theirs.tokenizer.image_token_id, 4 * len(inputs["pixel_values"]))
     assert batch.images.shape[1] == 5 + 2 + 3 + 0 + 3 + 2
+    same_ids(ours(conversation(2), pictures(2), do_pan_and_scan=False), official(theirs, conversation(2), pictures(2)))
+
+
+def test_gemma3_with_pan_and_scan_of_a_call(tmp_path):
+    """Where the folder states its settings alone; for a batch of several conversations too."""
+    limits = {"pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
+    theirs = gemma3_processor(**limits)
+    ours = gemma3.processor(*save(theirs, tmp_path, model_type="gemma3"))
+    for asked in ({}, {"do_pan_and_scan": False}, {"do_pan_and_scan": True}):
+        inputs = official(theirs, conversation(2), pictures(2), **limits, **asked)
+        batch = ours.batch([conversation(2), conversation(0)], [pictures(2), []], **asked)
+        np.testing.assert_array_equal(batch.tokens[0], inputs["input_ids"][0])
+        same_tiles(batch, inputs)
+        assert batch.images.shape[1] == (2 + 2 + 3 if asked.get("do_pan_and_scan") else 2)
+    _, _, other = qwen("qwen2_vl", tmp_path / "other")
+    with pytest.raises(PictureMismatch, match=tried("has no pan and scan; remove the option")):
+        other(conversation(1), pictures(1), do_pan_and_scan=True)
+    assert other(conversation(1), pictures(1)).images is not None
 
 
 def test_sizes_of_gemma4():

@@ -49,11 +49,7 @@ DTYPES: Fields = {
     "BOOL": np.bool_,
 }
 # Files next to the weights: settings, and the files of tokenizers, chat templates and processors.
-# The voices of Qwen2.5-Omni, which nothing here reads, are a file that transformers does not load the release without.
-COMPANIONS = (
-    *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"),
-    "spk_dict.pt",
-)
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
 _DOWNLOADED = ("*.safetensors", "*.npz", *COMPANIONS)
 
 

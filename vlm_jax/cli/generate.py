@@ -46,6 +46,11 @@ ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA ada
 MAX_VIDEO_TOKENS = numbers.define(
     "max_video_tokens", Size, None, "Maximum visual tokens of a video; as released if unset."
 )
+DO_PAN_AND_SCAN = flags.DEFINE_boolean(
+    "do_pan_and_scan",
+    None,
+    "Whether crops stand beside an oblong image, in Gemma 3; as the folder's image settings state if unset.",
+)
 ALLOW_NETWORK = flags.DEFINE_boolean("allow_network", False, "Downloads --image and --video with a web address.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking",
@@ -115,6 +120,7 @@ def main(argv: list[str]) -> None:
             messages.insert(0, message("system", SYSTEM.value))
         options = {} if MAX_VIDEO_TOKENS.value is None else {"max_video_tokens": MAX_VIDEO_TOKENS.value}
         options |= {"allow_network": True} if ALLOW_NETWORK.value else {}
+        options |= {} if DO_PAN_AND_SCAN.value is None else {"do_pan_and_scan": DO_PAN_AND_SCAN.value}
         thinking = {} if ENABLE_THINKING.value is None else {"enable_thinking": ENABLE_THINKING.value}
         answer = model.generate(
             messages,

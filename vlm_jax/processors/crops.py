@@ -25,6 +25,7 @@ class CropViews(Tiles):
       max_crops: of an image; 0 for none.
       min_crop_size: shortest side of a crop, in pixels; an image whose crops would be smaller has none.
       min_ratio: of the longer side to the shorter one; an image with a smaller ratio has no crops.
+      active: whether there are crops at all.
 
     Source: Gemma Team 2025 (Gemma 3), section 2.1; transformers, models/gemma3/image_processing_pil_gemma3.py,
     `pan_and_scan`.
@@ -34,11 +35,12 @@ class CropViews(Tiles):
     max_crops: int = 4
     min_crop_size: int = 256
     min_ratio: float = 1.2
+    active: bool = True
 
     def grid(self, size: Size) -> Grid | None:
         """Rows and columns of crops of an image of `size`, one of them 1; None for no crops."""
         long, short = max(size), min(size)
-        if long / short < self.min_ratio or not self.max_crops:
+        if not self.active or not self.max_crops or long / short < self.min_ratio:
             return None
         wanted = min(math.floor(long / self.min_crop_size), math.floor(long / short + 0.5))
         length = math.ceil(long / min(self.max_crops, max(2, wanted)))

@@ -22,6 +22,7 @@ from vlm_jax.processors.conversation import (
     error_context,
     given_media,
 )
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
@@ -158,6 +159,7 @@ class Processor:
         targets: Targets = False,
         continuations: Sequence[str] | None = None,
         shape: RowShape | None = None,
+        do_pan_and_scan: bool | None = None,
         **options: Any,
     ) -> Batch:
         """Conversations as left-padded prompts or, with `targets`, as training examples, one per row.
@@ -174,6 +176,7 @@ class Processor:
           continuations: of every conversation the text that follows the start of the answer, to compute its likelihood:
             its tokens have loss weight 1, all others 0.
           shape: shape of every row; the smallest that fits all when None.
+          do_pan_and_scan: as in `panned`; as the folder states when None.
           **options: further arguments of `example`.
 
         Returns:
@@ -207,11 +210,26 @@ class Processor:
         if continuations is not None:
             check_continuations(continuations, len(given))
             each = [{"continuation": text} for text in continuations]
+        asked = self if do_pan_and_scan is None else self.panned(do_pan_and_scan)
         examples = [
-            self.example(*parts, targets=targets, name=f"conversation {number}", **own, **options)
+            asked.example(*parts, targets=targets, name=f"conversation {number}", **own, **options)
             for (number, parts), own in zip(given, each, strict=True)
         ]
-        return self.rows([[one] for one in examples], shape, targets=bool(targets) or continuations is not None)
+        return asked.rows([[one] for one in examples], shape, targets=bool(targets) or continuations is not None)
+
+    def panned(self, do_pan_and_scan: bool) -> "Processor":
+        """The same with or without the crops of pan and scan beside an oblong image (Gemma 3).
+
+        Raises:
+          PictureMismatch: a system without pan and scan.
+        """
+        if not isinstance(self.views, CropViews):
+            raise PictureMismatch("do_pan_and_scan: this system has no pan and scan; remove the option")
+        views, reduction = dataclasses.replace(self.views, active=do_pan_and_scan), self.reduction
+        if reduction is not None and isinstance(reduction.before, CropViews):
+            before = dataclasses.replace(reduction.before, active=do_pan_and_scan)
+            reduction = dataclasses.replace(reduction, before=before)
+        return dataclasses.replace(self, views=views, reduction=reduction)
 
     def rows(
         self,

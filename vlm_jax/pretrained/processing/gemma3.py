@@ -38,8 +38,8 @@ CROPS_START = "Here is the original image {whole} and here are some crops to hel
 def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder.
 
-    Images are cropped by pan and scan where the image settings state `do_pan_and_scan`. The processor of transformers
-    does so only if a call asks for it, whatever the folder states.
+    Images are cropped by pan and scan where a call asks for it with `do_pan_and_scan`, as in transformers, or where the
+    image settings state it, which the processor of transformers ignores.
     """
     tokenizer = Tokenizer.from_folder(folder)
     start, token, end = (tokenizer.names.get(role, name) for role, name in NAMES.items())
@@ -55,7 +55,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     return Processor(prompt, views(folder, config), tokenizer, pad_id(tokenizer, config), grouped=True)
 
 
-def views(folder: Folder, config: Config) -> SquareViews | CropViews:
+def views(folder: Folder, config: Config) -> CropViews:
     """The views of a folder: one square, with crops beside it where the image settings state `do_pan_and_scan`."""
     del config
     settings = image_settings(folder, DEFAULTS)
@@ -64,11 +64,10 @@ def views(folder: Folder, config: Config) -> SquareViews | CropViews:
         height_and_width(settings["size"], f"{folder}: image processor"),
         processor_settings(folder).get("image_seq_length", NUM_TOKENS),
     )
-    if not settings["do_pan_and_scan"]:
-        return whole
     return CropViews(
         whole,
         settings["pan_and_scan_max_num_crops"],
         settings["pan_and_scan_min_crop_size"],
         settings["pan_and_scan_min_ratio_to_activate"],
+        active=bool(settings["do_pan_and_scan"]),
     )
