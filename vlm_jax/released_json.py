@@ -217,7 +217,7 @@ FORMS: dict[str, Form] = _table(
     (POSITIVE | NULL, "repetition_penalty"),
     (number(0, _HUGE) | NULL, "temperature"),
     (number(0, 1) | NULL, "top_p"),
-    (AT_LEAST_0 | NULL, "top_k"),
+    (AT_LEAST_0 | NULL, "top_k no_repeat_ngram_size"),
     # processors
     (STATISTICS | NULL, "image_mean image_std mean std high_res_image_mean high_res_image_std"),
     (SIDE | NAMED_SIZE | list_of(SIDE, 1, 2) | NULL, "size crop_size high_res_size"),

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, NoRepeatNGramLogitsProcessor
 
-from vlm_jax.generation.sampling import filtered, penalised
+from vlm_jax.generation.repeats import repeats_of
+from vlm_jax.generation.sampling import Sampling, filtered, penalised
 
 VOCAB = 50
 
@@ -42,3 +43,15 @@ def test_logits_that_are_drawn_from(model, temperature, top_k, top_p, penalty):
         ours = penalised(ours, jnp.asarray(seen), np.float32(penalty))
     k, p = None if top_k is None else np.int32(top_k), None if top_p is None else np.float32(top_p)
     np.testing.assert_allclose(filtered(ours / np.float32(temperature), k, p), theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ngrams_that_are_not_repeated(size):
+    """Of few ids, so that there are many repeated n-grams."""
+    ids = np.random.default_rng(size).integers(0, 4, size=(3, 30))
+    theirs = NoRepeatNGramLogitsProcessor(size)(torch.tensor(ids), torch.zeros(3, 6)).isinf().numpy()
+    values = Sampling(no_repeat_ngram=size).values()
+    repeats = repeats_of(jnp.asarray(ids), jnp.ones(ids.shape, bool), 1)
+    ours = repeats.excluded(values["no_repeat_ngram"], values["no_repeat_window"], 6)
+    np.testing.assert_array_equal(ours, theirs)
+    assert theirs.any() and not theirs.all()

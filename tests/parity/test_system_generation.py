@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -129,11 +130,17 @@ def logits_of(model, given):
         return model(**given).logits.numpy()
 
 
-def said(system, *conversation):
+def said(system, *conversation, **more):
     processor, model, _ = system
     _, inputs = prepared(system, *conversation)
     ends = {"eos_token_id": processor.tokenizer.eos_token_id}  # no config names another
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **ends}
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        **ends,
+        **more,
+    }
     ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return ids.tolist(), processor.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -233,6 +240,19 @@ def test_answers_of_a_ragged_batch(system):
     assert (batch.segment_ids == 0).any()
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=ours.end_ids, max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
+
+
+@pytest.mark.parametrize("size", (1, 2))
+@pytest.mark.parametrize("system", (llava,), indirect=True, ids=lambda made: made.__name__)
+def test_ngrams_of_a_folder_are_not_repeated(system, size, tmp_path):
+    """The placeholders of images are tokens of the prompt too."""
+    messages, images, _ = INPUTS["two images"]
+    shutil.copytree(system[2].folder, tmp_path / "folder")
+    settings = {"no_repeat_ngram_size": size}
+    (tmp_path / "folder" / "generation_config.json").write_text(json.dumps(settings))
+    answer = vlm_jax.from_pretrained(tmp_path / "folder").generate(messages, images, **OPTIONS)
+    ids, _ = said(system, messages, images, **settings)
+    assert list(answer.tokens) == ids != said(system, messages, images)[0]
 
 
 @pytest.mark.parametrize("system", (qwen3_vl_moe,), indirect=True, ids=lambda made: made.__name__)

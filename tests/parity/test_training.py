@@ -30,6 +30,7 @@ from vlm_jax.types import Batch, Params, RowShape, Sample, SampleSizes
 
 from .processors import pictures
 from .systems import (
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -56,6 +57,7 @@ SYSTEMS = (
     llava,
     llava_next,
     llava_onevision,
+    deepseek_ocr2,
     deepseek_vl,
     deepseek_vl_hybrid,
     gemma3,
@@ -136,7 +138,7 @@ def case_of(made, folder) -> Case:
     config = finetune.get_config()
     with config.unlocked():
         config.release, config.dtype = str(ours.folder), "float32"
-        config.row.update({"length": 1024, "images": 1024})
+        config.row.update({"length": 2048, "images": 1024})
     experiment, images = build(config), [np.asarray(picture) for picture in pictures(3)]
     loads = [
         experiment.measure(SampleSizes("", tuple(messages), tuple(images[i].shape[:2] for i in numbers)))

@@ -1,5 +1,6 @@
 """The keys of a request by themselves."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from vlm_jax.serve.request import NEUTRAL, read_request
 
 from .conftest import asked
 
-RELEASE = Sampling(repetition_penalty=1.25)
+RELEASE = Sampling(repetition_penalty=1.25, no_repeat_ngram=3)
 
 
 def read(**more):
@@ -20,10 +21,10 @@ def read(**more):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, Sampling(repetition_penalty=1.25)),
-        ({"temperature": 0, "top_p": 1, "seed": 3}, Sampling(repetition_penalty=1.25, seed=3)),
-        ({"temperature": 0.5, "top_p": 0.5, "top_k": 4, "seed": 2**32 + 7}, Sampling(0.5, 4, 0.5, 1.25, 7)),
-        ({"temperature": 2, "seed": -1, "repetition_penalty": 1}, Sampling(2.0, seed=2**32 - 1)),
+        ({}, RELEASE),
+        ({"temperature": 0, "top_p": 1, "seed": 3}, dataclasses.replace(RELEASE, seed=3)),
+        ({"temperature": 0.5, "top_p": 0.5, "top_k": 4, "seed": 2**32 + 7}, Sampling(0.5, 4, 0.5, 1.25, 7, 3)),
+        ({"temperature": 2, "seed": -1, "repetition_penalty": 1}, Sampling(2.0, seed=2**32 - 1, no_repeat_ngram=3)),
     ],
 )
 def test_sampling_settings(keys, expected):

@@ -23,7 +23,7 @@ from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
 from vlm_jax.processors.image import to_picture
-from vlm_jax.ranges import Count, NonNegative, Positive, PositiveShare, Seed, Size
+from vlm_jax.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Seed, Size
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
 PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
@@ -68,6 +68,21 @@ REPETITION_PENALTY = numbers.define(
     None,
     "Above 1, tokens that already occurred are less likely; the release's if unset.",
 )
+NO_REPEAT_NGRAM_SIZE = numbers.define(
+    "no_repeat_ngram_size",
+    Natural,
+    None,
+    "An n-gram of so many tokens is generated once only, prompt included; 0 for no limit; the release's if unset.",
+)
+NO_REPEAT_WINDOW = numbers.define(
+    "no_repeat_window",
+    Count,
+    None,
+    "With --no_repeat_ngram_size, counts n-grams among so many last tokens; all if unset.",
+)
+NO_REPEAT_EXCEPT = flags.DEFINE_multi_string(
+    "no_repeat_except", [], "With --no_repeat_ngram_size, the name of a token that may end an n-gram again; repeatable."
+)
 SEED = numbers.define("seed", Seed, 0, "Random seed.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
 STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "The name of a token that ends the answer; repeatable.")
@@ -91,7 +106,7 @@ def main(argv: list[str]) -> None:
     keep_programs()
     quieten()
     with explained(OSError):
-        penalty = REPETITION_PENALTY.value
+        penalty, ngram, window = REPETITION_PENALTY.value, NO_REPEAT_NGRAM_SIZE.value, NO_REPEAT_WINDOW.value
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, penalty or 1.0, SEED.value)
         model = vlm_jax.from_pretrained(
             str(CHECKPOINT.value),
@@ -102,8 +117,14 @@ def main(argv: list[str]) -> None:
             connector=CONNECTOR.value,
             adapter=ADAPTER.value,
         )
-        if penalty is None:
-            sampling = dataclasses.replace(sampling, repetition_penalty=model.system.sampling.repetition_penalty)
+        release = model.system.sampling
+        sampling = dataclasses.replace(
+            sampling,
+            repetition_penalty=release.repetition_penalty if penalty is None else penalty,
+            no_repeat_ngram=release.no_repeat_ngram if ngram is None else ngram,
+            no_repeat_window=window,
+            no_repeat_except=tuple(map(model.tokenizer.id_of, NO_REPEAT_EXCEPT.value)),
+        )
         # Templates of language models expect strings, multimodal ones lists of content items.
         listed = (isinstance(model.module, VLM) and model.module.encoder is not None) or bool(
             IMAGE.value or VIDEO.value

@@ -282,7 +282,8 @@ def _chosen(state: State, logits: jax.Array, values: Tree, ends: jax.Array, pad_
     """The state with one more token per row."""
     allowed, repeats = logits, state.repeats
     if repeats is not None:
-        out = repeats.excluded(values["no_repeat_ngram"], values["no_repeat_window"], logits.shape[-1])
+        settings = values["no_repeat_ngram"], values["no_repeat_window"]
+        out = repeats.excluded(*settings, logits.shape[-1], values.get("no_repeat_except"))
         allowed = jnp.where(out, -jnp.inf, logits)
     token = sample_tokens(allowed, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.released_json import read_released
-from vlm_jax.types import Config
+from vlm_jax.types import Config, Fields
 
 FILE = "generation_config.json"
 # Settings that are followed: here, or as the ids of tokens by the processor.
-FOLLOWED = ("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id")
+FOLLOWED = ("repetition_penalty", "no_repeat_ngram_size", "eos_token_id", "pad_token_id", "bos_token_id")
 # Settings that `generate` always takes from its own arguments, which take precedence in transformers too.
 ARGUMENTS = ("max_new_tokens", "max_length", "max_time", "num_return_sequences", "use_cache", "cache_implementation")
 # Settings of sampling, which have no effect on the most likely token.
@@ -21,7 +21,6 @@ NOT_FOLLOWED: Mapping[str, tuple[object, ...]] = {
     "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0),
     "dola_layers": (None,),
-    "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1),
     "min_length": (None, 0),
@@ -44,7 +43,9 @@ NOT_FOLLOWED: Mapping[str, tuple[object, ...]] = {
 
 
 def greedy_sampling(folder: Path) -> Sampling:
-    """How the most likely tokens are selected by default: with the `repetition_penalty` of the release.
+    """How the most likely tokens are selected by default: with the release's penalty of repetitions, and its n-grams.
+
+    Those are `repetition_penalty` and `no_repeat_ngram_size` of the file.
 
     Answers are greedy by default, also of a release that samples. That, and each setting that is not followed, is told
     by a warning.
@@ -56,8 +57,13 @@ def greedy_sampling(folder: Path) -> Sampling:
     settings = read_released(path, GenerationError) if path.exists() else {}
     if told := [*_sampled(settings), *_others(settings)]:
         warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=2)
-    penalty = settings.get("repetition_penalty")
-    return Sampling() if penalty is None else Sampling(repetition_penalty=penalty)
+    return Sampling(**_of_greedy(settings))
+
+
+def _of_greedy(settings: Config) -> Fields:
+    """The settings that change greedy answers too, as arguments of `Sampling`, without those that ask for nothing."""
+    names = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
+    return {own: settings[key] for key, own in names.items() if settings.get(key)}
 
 
 def _sampled(settings: Config) -> list[str]:
@@ -69,8 +75,7 @@ def _sampled(settings: Config) -> list[str]:
         **{key: settings[key] for key in SAMPLED if settings.get(key) is not None},
     }
     own = {key: value for key, value in given.items() if key in ("temperature", "top_k", "top_p") and value}
-    if settings.get("repetition_penalty") is not None:
-        own["repetition_penalty"] = settings["repetition_penalty"]
+    own |= _of_greedy(settings)
     call = ", ".join(f"{key}={value}" for key, value in own.items())
     return [f"the release samples (do_sample); answers here are greedy by default, pass sampling=Sampling({call})"]
 

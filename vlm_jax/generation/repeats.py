@@ -7,6 +7,8 @@ from jaxtyping import Bool, Int
 
 from vlm_jax.types import Array, struct
 
+ENDLESS = np.iinfo(np.int32).max  # the window of all tokens
+
 
 @struct
 class Repeats:
@@ -37,22 +39,29 @@ class Repeats:
         ngram: Int[Array | np.ndarray, "*rows"] | np.int32,
         window: Int[Array | np.ndarray, "*rows"] | np.int32,
         vocab_size: int,
+        allowed: Int[Array | np.ndarray, "*rows W"] | None = None,
     ) -> Bool[Array, "B V"]:
         """The tokens that would end an n-gram that begins among the last `window` tokens of a row.
 
         Args:
-          ngram: number n of its tokens, one for all rows or one for each; 1 excludes nothing.
-          window: in tokens, likewise.
+          ngram: number n of its tokens, one for all rows or one for each; with a window, 1 excludes nothing.
+          window: in tokens, likewise; `ENDLESS` for none.
           vocab_size: V.
+          allowed: ids that are not excluded, for all rows or for each.
 
-        Source: Paulus et al. 2018, section 2.5; DeepSeek-OCR, process/ngram_norepeat.py, for the window.
+        Source: Paulus et al. 2018, section 2.5; transformers, NoRepeatNGramLogitsProcessor; DeepSeek-OCR,
+        process/ngram_norepeat.py, for the window and what is allowed.
         """
         before, window = jnp.reshape(jnp.asarray(ngram) - 1, (-1, 1)), jnp.reshape(jnp.asarray(window), (-1, 1))
         place, lengths = jnp.arange(self.tokens.shape[1])[None], self.lengths[:, None]
-        found = (place < lengths) & (before > 0) & (self.matches >= before) & (place - before >= lengths - window)
+        found = (place < lengths) & (self.matches >= before) & (place - before >= lengths - window)
+        found &= (before > 0) | (window == ENDLESS)
         rows = jnp.arange(len(self.tokens))[:, None]
         index = jnp.where(found, self.tokens, vocab_size)
-        return jnp.zeros((len(self.tokens), vocab_size), bool).at[rows, index].set(True, mode="drop")
+        excluded = jnp.zeros((len(self.tokens), vocab_size), bool).at[rows, index].set(True, mode="drop")
+        if allowed is None:
+            return excluded
+        return excluded.at[rows, jnp.atleast_2d(jnp.asarray(allowed))].set(False, mode="drop")
 
 
 def repeats_of(tokens: Int[Array, "B T"], real: Bool[Array, "B T"], room: int) -> Repeats:

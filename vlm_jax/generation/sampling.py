@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.generation.repeats import ENDLESS
 from vlm_jax.types import Config, Fields, Tree
 
 Whole = int | np.integer
@@ -31,8 +32,10 @@ class Sampling:
         multiplies the negative ones.
       seed: random seed; the same seed gives the same tokens.
       no_repeat_ngram: a token that would end an n-gram of this many tokens that the row has already, prompt and its
-        placeholders of visual tokens included, is never chosen; 0 for none.
-      no_repeat_window: only n-grams that begin among so many last tokens count; None for all.
+        placeholders of visual tokens included, is never chosen; 0 for none. As `no_repeat_ngram_size` of transformers.
+      no_repeat_window: only n-grams that begin among so many last tokens count, and n-grams of one token do not; None
+        for all. As in DeepSeek-OCR's processor of logits for vLLM.
+      no_repeat_except: ids of tokens that may end an n-gram again, such as the tags of a table's cells.
 
     Raises:
       GenerationError: a setting that is not a number, is out of range, or is unused at temperature 0.
@@ -45,6 +48,7 @@ class Sampling:
     seed: Whole = 0
     no_repeat_ngram: Whole = 0
     no_repeat_window: Whole | None = None
+    no_repeat_except: tuple[Whole, ...] = ()
 
     def __post_init__(self):
         self._check_types()
@@ -63,6 +67,10 @@ class Sampling:
             wrong.append(f"no_repeat_window: expected 1 to 2**31 - 1, got {self.no_repeat_window}")
         if self.no_repeat_window is not None and not self.no_repeat_ngram:
             wrong.append(f"no_repeat_window: expected None without no_repeat_ngram, got {self.no_repeat_window}")
+        if self.no_repeat_except and not self.no_repeat_ngram:
+            wrong.append(f"no_repeat_except: expected () without no_repeat_ngram, got {self.no_repeat_except}")
+        if not all(0 <= index < 2**31 for index in self.no_repeat_except):
+            wrong.append(f"no_repeat_except: expected ids of 0 to 2**31 - 1, got {self.no_repeat_except}")
         if not 0 <= self.seed < 2**32:
             wrong.append(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
         for name in ("top_k", "top_p"):
@@ -85,11 +93,14 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind):
                 wrong.append(f"{name}: expected {form}, got {value!r}")
+        listed = self.no_repeat_except
+        if not isinstance(listed, tuple) or any(isinstance(i, bool) or not isinstance(i, Whole) for i in listed):
+            wrong.append(f"no_repeat_except: expected a tuple of ids, got {listed!r}")
         if wrong:
             raise GenerationError("\n".join(wrong))
 
     def values(self) -> Fields:
-        """The settings in use, as scalars; other values of the same settings need no compilation.
+        """The settings in use, as scalars and a list of ids; other values of the same settings need no compilation.
 
         Rows of one batch may have values of their own for the same settings, see `row_values`.
         """
@@ -103,14 +114,15 @@ class Sampling:
         if self.repetition_penalty != 1:
             used["repetition_penalty"] = _representable(self.repetition_penalty)
         if self.no_repeat_ngram:
-            most = np.iinfo(np.int32).max
             used["no_repeat_ngram"] = np.int32(self.no_repeat_ngram)
-            used["no_repeat_window"] = np.int32(most if self.no_repeat_window is None else self.no_repeat_window)
+            used["no_repeat_window"] = np.int32(ENDLESS if self.no_repeat_window is None else self.no_repeat_window)
+        if self.no_repeat_except:
+            used["no_repeat_except"] = np.array(self.no_repeat_except, np.int32)
         return used
 
 
 def row_values(samplings: Sequence[Sampling], size: int) -> Fields:
-    """The settings in use of every row, as arrays [size]; rows after the last setting repeat it.
+    """The settings in use of every row, as arrays [size, ...]; rows after the last setting repeat it.
 
     Raises:
       GenerationError: the rows do not use the same settings.
@@ -122,6 +134,11 @@ def row_values(samplings: Sequence[Sampling], size: int) -> Fields:
                 f"sampling: row 0 uses {', '.join(rows[0]) or 'no settings'}, row {row} {', '.join(values) or 'none'}; "
                 "put rows that use other settings into a separate batch"
             )
+    if len({len(sampling.no_repeat_except) for sampling in samplings}) > 1:
+        raise GenerationError(
+            "sampling: expected equally many ids in no_repeat_except of every row, got "
+            f"{', '.join(str(len(sampling.no_repeat_except)) for sampling in samplings)}"
+        )
     rows += rows[-1:] * (size - len(rows))
     return {name: np.stack([values[name] for values in rows]) for name in rows[0]}
 

@@ -179,7 +179,8 @@ class HarnessModel:
             return dataclasses.replace(release, repetition_penalty=penalty)
         if temperature == 0:
             raise GenerationError("temperature: expected more than 0 with do_sample=true, got 0")
-        return Sampling(
+        return dataclasses.replace(
+            release,
             temperature=1.0 if temperature is None else temperature,
             top_k=top_k or None,
             top_p=None if top_p == 1 else top_p,

@@ -213,8 +213,8 @@ class Pretrained:
           messages, images, videos: as in `Processor.batch`.
           max_new_tokens: maximum tokens of the answer.
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
-          sampling: sampling settings; by default the most likely token, with the `repetition_penalty` of the release's
-            `generation_config.json`.
+          sampling: sampling settings; by default the most likely token, with `repetition_penalty` and
+            `no_repeat_ngram_size` of the release's `generation_config.json`.
           stop: strings before which the answer ends.
           stop_tokens: names of tokens that end it, in addition to `end_ids`.
           processor_options: further arguments of `Processor.batch`, and variables of the chat template, such as

@@ -110,7 +110,7 @@ class ChatRequest:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     def sampling(self, release: Sampling) -> Sampling:
-        """The sampling settings, with the repetition penalty of the release by default.
+        """The sampling settings, with those of the release for repeated n-grams, and its repetition penalty by default.
 
         Raises:
           GenerationError: settings that do not fit one another.
@@ -118,7 +118,8 @@ class ChatRequest:
         penalty = release.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed % 2**32
         top_p = None if self.top_p == 1 else self.top_p
-        return Sampling(self.temperature, self.top_k, top_p, penalty, seed)
+        own = {"temperature": self.temperature, "top_k": self.top_k, "top_p": top_p, "repetition_penalty": penalty}
+        return dataclasses.replace(release, **own, seed=seed)
 
 
 def read_request(body: bytes) -> ChatRequest:

@@ -13,7 +13,7 @@ import safetensors.numpy
 import vlm_jax
 from vlm_jax.checkpoints.release import with_dtype
 from vlm_jax.generation.released import ARGUMENTS, FOLLOWED, NOT_FOLLOWED, SAMPLED, greedy_sampling
-from vlm_jax.generation.sampling import GenerationError, Sampling
+from vlm_jax.generation.sampling import GenerationError, Sampling, row_values
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 
@@ -43,6 +43,40 @@ def test_15_the_repetition_penalty_of_a_folder(tmp_path):
     own = model.generate(again, max_new_tokens=8)
     given = model.generate(again, max_new_tokens=8, sampling=Sampling(repetition_penalty=2.0))
     assert own.tokens == given.tokens
+
+
+def test_15_the_ngrams_of_a_folder(tmp_path):
+    """The most likely token after `b` is c, which would repeat `bc`."""
+    path = alphabet_folder(tmp_path)
+    again = [{"role": "user", "content": "bcab"}]
+    assert vlm_jax.from_pretrained(path).generate(again, max_new_tokens=1).text == "c"
+    model = settle(path, no_repeat_ngram_size=2)
+    assert model.system.sampling == Sampling(no_repeat_ngram=2)
+    own = model.generate(again, max_new_tokens=8)
+    assert own.text[:1] != "c"
+    allowed = Sampling(no_repeat_ngram=2, no_repeat_except=(model.tokenizer.id_of("c"),))
+    assert model.generate(again, max_new_tokens=1, sampling=allowed).text == "c"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"no_repeat_except": (3,)}, r"no_repeat_except: expected \(\) without no_repeat_ngram, got \(3,\)"),
+        ({"no_repeat_ngram": 2, "no_repeat_except": (-1,)}, "no_repeat_except: expected ids of 0 to"),
+        ({"no_repeat_ngram": 2, "no_repeat_except": [3]}, r"no_repeat_except: expected a tuple of ids, got \[3\]"),
+        ({"no_repeat_ngram": 2, "no_repeat_except": ("a",)}, "no_repeat_except: expected a tuple of ids"),
+    ],
+)
+def test_15_ids_that_may_repeat_an_ngram(monkeypatch, settings, told):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(GenerationError, match=told):
+        Sampling(**settings)
+
+
+def test_15_rows_have_equally_many_ids_that_may_repeat():
+    rows = [Sampling(no_repeat_ngram=2, no_repeat_except=ids) for ids in ((3,), (3, 4))]
+    with pytest.raises(GenerationError, match="expected equally many ids in no_repeat_except of every row, got 1, 2"):
+        row_values(rows, 2)
 
 
 def test_15_greedy_answers_of_a_release_that_samples_are_told_once(tmp_path):

@@ -124,6 +124,5 @@ def banned(inputs: dict[str, np.ndarray], name: str, size: int) -> np.ndarray:
     """Which of `size` ids would repeat an n-gram."""
     ids, (ngram, window) = inputs[f"{name}.ids"][None], inputs[f"{name}.settings"].astype(np.int32)
     repeats = repeats_of(ids, np.ones(ids.shape, bool), 1)
-    found = np.array(repeats.excluded(ngram, window, size)[0])
-    found[inputs[f"{name}.whitelist"]] = False
-    return found
+    allowed = inputs[f"{name}.whitelist"].astype(np.int32)
+    return np.array(repeats.excluded(ngram, window, size, allowed)[0])
