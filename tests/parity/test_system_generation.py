@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.generation.text import Completion, complete
+from vlm_jax.types import TwoSizes
 
+from .prismatic import prismatic
 from .processors import (
     ABOUT_A_VIDEO,
     conversation,
@@ -68,6 +70,7 @@ SYSTEMS = (
     internvl,
     internvl_moe,
     ovis2,
+    prismatic,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
@@ -123,6 +126,9 @@ def said(system, *conversation):
 def same_pixels(ours, theirs, kind):
     if "high_res_pixel_values" in theirs:
         same_two_sizes(ours, theirs, kind)
+    elif isinstance(ours.images, TwoSizes):  # of one size, with the statistics of each tower
+        found = np.concatenate([ours.images.high[0], ours.images.low[0]], axis=-1)
+        np.testing.assert_allclose(found, np.moveaxis(theirs["pixel_values"], 1, -1), atol=1e-5)
     elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
         wanted = np.asarray(theirs[name.pop()])
         if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT

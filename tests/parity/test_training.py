@@ -28,6 +28,7 @@ from vlm_jax.train.state import TrainState, init_boxed
 from vlm_jax.train.step import compile_step
 from vlm_jax.types import Batch, Params, RowShape, Sample, SampleSizes
 
+from .prismatic import prismatic
 from .processors import pictures
 from .systems import (
     deepseek_vl,
@@ -56,6 +57,7 @@ SYSTEMS = (
     idefics3,
     internvl,
     ovis2,
+    prismatic,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
@@ -130,7 +132,7 @@ def inputs_of(case: Case):
     theirs, batch = case.processor, case.batch
     end = theirs.tokenizer.eos_token  # most templates here write none after a last answer
     texts = [theirs.apply_chat_template(messages) for messages, _ in CONVERSATIONS]
-    texts = [text if text.endswith("<end_of_turn>\n") else text.rstrip() + end for text in texts]
+    texts = [text if text.endswith(("<end_of_turn>\n", end)) else text.rstrip() + end for text in texts]
     images = [[pictures(3)[i] for i in numbers] for _, numbers in CONVERSATIONS]
     special = not texts[0].startswith(theirs.tokenizer.bos_token)
     padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
