@@ -171,6 +171,12 @@ ROWS = (
         "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
     ),
     Row(
+        "Prismatic, OpenVLA",
+        ("prismatic", "openvla"),
+        "DINOv2 and SigLIP side by side, or one tower, projector, Llama or Mistral",
+        live="its parts: conversation to answer, and back",
+    ),
+    Row(
         "Llama, Mistral, Qwen2, Qwen3, Qwen3.5, Gemma, Gemma 2, Gemma 3, Gemma 4, InternLM2, DeepSeek-V2",
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_5_text"),

@@ -159,6 +159,9 @@ FORMS: dict[str, Form] = _table(
     (AT_LEAST_0 | NULL, "sliding_window max_window_layers window_size"),
     (whole(-1, 1 << 20), "num_patches"),
     (SIDES, "image_size"),
+    (list_of(SIDE, 1, 2) | NULL, "image_sizes"),
+    (list_of(TEXT, 1, 2) | NULL, "timm_model_ids"),
+    (list_of(TEXT | NULL, 1, 2) | NULL, "timm_override_act_layers"),
     (SIDES | NULL, "patch_size"),
     (FLAG | AT_LEAST_0 | NULL, "rep_size"),
     (list_of(COUNT, most=1 << 12), "downsample_channels"),
@@ -197,7 +200,7 @@ FORMS: dict[str, Form] = _table(
         """model_type model_name hidden_act hidden_activation norm_type mm_projector_type mm_vision_select_feature
         projector_type concat_type ps_version scoring_func select_feature pooler_act projector_hidden_act s2_scales
         tile_tag tokenize_function topk_method vision_feature_select_strategy cls posemb pool_type text_model
-        image_model global_view_pos vision_aspect_ratio""",
+        image_model global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy""",
     ),
     (TEXT | NULL, "mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version"),
     (SECTION | NULL, "rope_scaling rope_parameters per_layer_config"),
@@ -219,6 +222,14 @@ FORMS: dict[str, Form] = _table(
     (number(0, 1) | NULL, "top_p"),
     (AT_LEAST_0 | NULL, "top_k no_repeat_ngram_size"),
     # processors
+    (list_of(list_of(COUNT, 3), 1, 2), "input_sizes"),
+    (list_of(TEXT, 1, 2) | NULL, "interpolations"),
+    (list_of(list_of(NUMBER, 3), 1, 2), "means stds"),
+    (
+        list_of(mapping("an object with mean and std", required=("mean", "std")), 1, 2) | NULL,
+        "tvf_normalize_params",
+    ),
+    (list_of(whole(0, 255), 3) | NULL, "tvf_letterbox_fill"),
     (STATISTICS | NULL, "image_mean image_std mean std high_res_image_mean high_res_image_std"),
     (SIDE | NAMED_SIZE | list_of(SIDE, 1, 2) | NULL, "size crop_size high_res_size"),
     (NAMED_SIZE | NULL, "max_image_size video_size"),
@@ -228,7 +239,8 @@ FORMS: dict[str, Form] = _table(
     (
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
-        add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan""",
+        add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan
+        use_fused_vision_backbone tvf_do_letterbox""",
     ),
     (FLAG | TEXT | NULL, "use_bidirectional_attention"),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),

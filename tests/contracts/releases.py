@@ -65,6 +65,7 @@ QWEN_FILES = {
 }
 QWEN_TAGS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
 OCR_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+TIMM = {"width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24, "patch_size": 4}
 HEAD = {"tie_word_embeddings": False}
 CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
@@ -542,6 +543,29 @@ FOLDERS = {
         },
     ),
     "ovis2_5": Folder(golden="ovis2_5", whole=True, options={"max_visual_tokens": 18}),
+    "prismatic": Folder(
+        {
+            "model_type": "prismatic",
+            "llm_backbone_id": "llama2-7b-pure",
+            "use_fused_vision_backbone": True,
+            "timm_model_ids": ["dinov2", "siglip"],
+            "timm_override_act_layers": [None, None],
+            "image_sizes": [16, 16],
+            "text_config": LLAMA,
+            "model_registry": {
+                "dinov2": {**TIMM, "class_token": True, "num_registers": 2, "layer_scale": 1e-5},
+                "siglip": TIMM,
+            },
+        },
+        names={"language_model.model.embed_tokens.weight": (1, 1), "language_model.lm_head.weight": (1, 1)},
+        files={
+            "preprocessor_config.json": {
+                "means": [[0.5] * 3, [0.4] * 3],
+                "stds": [[0.5] * 3, [0.6] * 3],
+                "image_resize_strategy": "resize-naive",
+            },
+        },
+    ),
     "qwen": Folder({"vocab_size": 512, "visual.image_start_id": 478}, golden="qwen_vl_v1"),
 }
 

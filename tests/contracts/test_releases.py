@@ -75,6 +75,7 @@ TOKENS = {
     "ovis2": (9, 1),
     "ovis2_5": (6, 1),
     "paligemma": (16, 1),
+    "prismatic": (16, 1),
     "qwen": (9, 1),
     "qwen2_5_omni": (10, 1),
     "qwen2_5_vl": (10, 1),
@@ -90,17 +91,19 @@ PACKED = (
     "qwen3_vl",
 )
 # What is refused, and a part of the message.
+_JOINED = (*PARTS, "deepseek_vl_hybrid", "prismatic")  # towers of two encoders
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
     ("qwen3_5", "pyramid_drop"): "which are gated delta layers",
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
+    ("prismatic", "downsample_image"): "Hybrid",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},
     **{(name, "tome"): _GRID for name in ("gemma3", "idefics3", "ovis", "ovis2", "qwen")},
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
-    **{(name, "tome"): "has no blocks of its own" for name in (*PARTS, "deepseek_vl_hybrid")},
-    **{(name, kind): "no field saliency" for name in (*PARTS, "deepseek_vl_hybrid") for kind in RANKED},
+    **{(name, "tome"): "has no blocks of its own" for name in _JOINED},
+    **{(name, kind): "no field saliency" for name in _JOINED for kind in RANKED},
     **{("qwen", kind): "queries without a position" for kind in RANKED},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip

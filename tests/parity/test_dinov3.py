@@ -13,10 +13,12 @@ import transformers
 import vlm_jax
 from vlm_jax.analysis.probe import attention_weights
 from vlm_jax.analysis.release import analyse_release
+from vlm_jax.build.vision import build_encoder
 from vlm_jax.checkpoints.hub import read_config
 from vlm_jax.layers.rope_2d import centre_angles
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.reducers.tome import ToMe
+from vlm_jax.types import TwoSizes
 
 from .processors import SIZES, pictures
 from .test_towers import assert_exported, made, relative_error, through_files, to_torch
@@ -154,6 +156,31 @@ def test_merged_tokens_keep_the_angles_of_their_place(tmp_path):
     schedule = ToMe.for_budget(15, (5, 5), DEPTH)
     fewer = ours.module.clone(**ToMe(**schedule).required_fields()["encoder"])
     assert jax.jit(lambda p, x: fewer.apply({"params": p}, x).tokens)(ours.params, images).shape == (2, 15, 16)
+
+
+def test_beside_another_tower_from_a_config(tmp_path):
+    """Its features and those of SigLIP, at another size with the same grid, joined by channels."""
+    sizes = {key: SMALL[key] for key in SMALL if key != "num_register_tokens"} | {"image_size": 10, "patch_size": 2}
+    models = made("DINOv3ViTModel", **SMALL), made("SiglipVisionModel", **sizes, vision_use_head=False)
+    first, second = (through_files(one, tmp_path / str(i)) for i, one in enumerate(models))
+    shared = {"kind": "vit", "width": 16, "depth": DEPTH, "num_heads": 2, "mlp_dim": 24}
+    own = {"activation": "gelu", "position": "rotary", "key_bias": False, "layer_scale": 1.0, "norm_epsilon": 1e-5}
+    section = {
+        "kind": "hybrid",
+        "high": {**shared, **own, "patch_size": 4, "class_token": True, "num_registers": REGISTERS},
+        "low": {**shared, "patch_size": 2, "image_size": (10, 10)},
+        "low_size": 10,
+        "combine": "feature",
+    }
+    encoder = build_encoder(section, "config.encoder", (20, 20), {})
+    assert encoder.grid(20, 20) == (5, 5) and encoder.features == 32
+    large, small = images_of(20, 20), images_of(10, 10)
+    with torch.no_grad():
+        high, low = (model(**to_torch(x)) for model, x in zip(models, (large, small), strict=True))
+    expected = torch.cat([high.last_hidden_state[:, 1 + REGISTERS :], low.last_hidden_state], dim=2)
+    params = {"high": first.params, "low": second.params}
+    seen = TwoSizes(jnp.asarray(large), jnp.asarray(small))
+    assert relative_error(jax.jit(lambda p, x: encoder.apply({"params": p}, x).tokens)(params, seen), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.generation.text import Completion, complete
+from vlm_jax.types import TwoSizes
 
+from .prismatic import prismatic
 from .processors import (
     ABOUT_A_VIDEO,
     conversation,
@@ -80,6 +82,7 @@ SYSTEMS = (
     internvl,
     internvl_moe,
     ovis2,
+    prismatic,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_5,
@@ -153,6 +156,9 @@ def same_pixels(ours, theirs, kind):
         np.testing.assert_allclose(patches_of(ours.images), wanted, atol=1e-5)
     elif "num_local_patches" in theirs:
         same_wholes_and_tiles(ours, theirs)
+    elif isinstance(ours.images, TwoSizes):  # of one size, with the statistics of each tower
+        found = np.concatenate([ours.images.high[0], ours.images.low[0]], axis=-1)
+        np.testing.assert_allclose(found, np.moveaxis(theirs["pixel_values"], 1, -1), atol=1e-5)
     elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
         wanted = np.asarray(theirs[name.pop()])
         if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT

@@ -28,6 +28,7 @@ from vlm_jax.train.state import TrainState, init_boxed
 from vlm_jax.train.step import compile_step
 from vlm_jax.types import Batch, Params, RowShape, Sample, SampleSizes
 
+from .prismatic import prismatic
 from .processors import pictures
 from .systems import (
     deepseek_ocr2,
@@ -68,6 +69,7 @@ SYSTEMS = (
     ovis2,
     paligemma,
     paligemma2,
+    prismatic,
     qwen2_vl,
     qwen2_5_omni_thinker,
     qwen2_5_vl,
@@ -156,7 +158,7 @@ def inputs_of(case: Case):
         return prefixed_inputs(theirs, batch)
     end = theirs.tokenizer.eos_token  # most templates here write none after a last answer
     texts = [theirs.apply_chat_template(messages) for messages, _ in CONVERSATIONS]
-    texts = [text if text.endswith("<end_of_turn>\n") else text.rstrip() + end for text in texts]
+    texts = [text if text.endswith(("<end_of_turn>\n", end)) else text.rstrip() + end for text in texts]
     images = [[pictures(3)[i] for i in numbers] for _, numbers in CONVERSATIONS]
     special = not texts[0].startswith(theirs.tokenizer.bos_token)
     padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}

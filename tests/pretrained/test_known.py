@@ -152,6 +152,9 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "openai/clip-vit-base-patch32": (151_277_313, 0),
     "openai/clip-vit-large-patch14": (427_616_513, 0),
     "openai/clip-vit-large-patch14-336": (427_944_193, 0),
+    # 7,652,065,472 with LoRA's 110,828,288 as its finetune.py prints; the last block and norm of both towers, and the
+    # pooling of SigLIP, are not used.
+    "openvla/openvla-7b": (7_652_065_472 - 110_828_288, 12_598_272 + 2048 + 15_239_504 + 2304 + _SO400M_HEAD),
 }
 
 

@@ -17,10 +17,12 @@ class MlpConnector(nn.Module):
     |---|---|
     | LLaVA, DeepSeek-VL `linear` | depth 1 |
     | LLaVA-1.5, MobileVLM `mlp2x_gelu`, DeepSeek-VL `mlp_gelu` | depth 2, or the release's depth |
+    | Prismatic, with two encoders | depth 3, first_dim four times the encoder's width |
 
     Attributes:
       features: the decoder's width D.
       depth: linear layers.
+      first_dim: output width of the first of several layers; D when None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -30,6 +32,7 @@ class MlpConnector(nn.Module):
 
     features: Size
     depth: Depth = 2
+    first_dim: Size | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -52,5 +55,6 @@ class MlpConnector(nn.Module):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        mlp = Mlp(self.features, "gelu", out_dim=self.features, depth=self.depth, name="mlp", **settings)
+        sizes = {"out_dim": self.features, "first_dim": self.first_dim, "depth": self.depth}
+        mlp = Mlp(self.features, "gelu", name="mlp", **sizes, **settings)
         return VisualTokens(mlp(masked(features)), features.mask)

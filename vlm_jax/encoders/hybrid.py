@@ -1,4 +1,4 @@
-"""Two encoders on one image, one of them at a lower resolution, as in DeepSeek-VL."""
+"""Two encoders on one image, one of them at a lower resolution as in DeepSeek-VL, or side by side as in Prismatic."""
 
 from typing import Literal
 
@@ -19,6 +19,8 @@ ChannelStatistics = tuple[tuple[Finite, ...], tuple[Positive, ...]]
 class Hybrid(nn.Module):
     """A high-resolution encoder on the image and a low-resolution one on the downscaled image.
 
+    Both may also see the image at one size, side by side: `low_size` is then that size, and the first is `high`.
+
     | combine | tokens | what must agree |
     |---|---|---|
     | `feature` | channels of both, high first | grids |
@@ -37,7 +39,7 @@ class Hybrid(nn.Module):
       low_statistics: the same for `low`. With either, pixels are in [0, 1].
 
     Source: Lu et al. 2024 (DeepSeek-VL), section 3.1; DeepSeek-VL, models/clip_encoder.py,
-    HybridVisionTower, where `sum` is called `add`.
+    HybridVisionTower, where `sum` is called `add`; Karamcheti et al. 2024 (Prismatic), section 4.2.
     """
 
     high: ImageEncoder

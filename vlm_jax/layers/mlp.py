@@ -45,6 +45,7 @@ class Mlp(nn.Module):
 
     Attributes:
       hidden_dim: width between the two products.
+      first_dim: output width of the first layer, where it differs from that of other hidden ones; or None.
       activation: a name of `ACTIVATIONS`.
       gated: multiplies by a second projection, as in SwiGLU.
       out_dim: output width; the input's when None.
@@ -60,6 +61,7 @@ class Mlp(nn.Module):
     activation: str
     gated: bool = False
     out_dim: int | None = None
+    first_dim: int | None = None
     use_bias: bool = True
     depth: int = 2
     dtype: Dtype = jnp.float32
@@ -79,11 +81,12 @@ class Mlp(nn.Module):
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)
-        wide = functools.partial(Dense, self.hidden_dim, (axes.EMBED, axes.MLP), **settings)
+        wide = functools.partial(Dense, self.first_dim or self.hidden_dim, (axes.EMBED, axes.MLP), **settings)
+        middle = functools.partial(Dense, self.hidden_dim, (axes.EMBED, axes.MLP), **settings)
         inputs = (wide(name="gate")(x), wide(name="up")(x)) if self.gated else (wide(name="up")(x),)
 
         # The next layer's input is recomputed in the backward pass, which stores only `inputs`.
         layer = nn.remat(lambda dense, *inputs: _layer(act, dense, *inputs), prevent_cse=False)
         for i in range(self.depth - 2):
-            inputs = (layer(wide(name=f"middle_{i}"), *inputs),)
+            inputs = (layer(middle(name=f"middle_{i}"), *inputs),)
         return layer(out, *inputs)

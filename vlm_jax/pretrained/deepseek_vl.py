@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.checkpoints.maps.deepseek_vl import hybrid_rules, sam_rules, siglip_rules
+from vlm_jax.checkpoints.maps.deepseek_vl import hybrid_rules, sam_rules
+from vlm_jax.checkpoints.maps.timm import vit_rules
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.config import did_you_mean
 from vlm_jax.encoders.hybrid import Hybrid
@@ -140,7 +141,7 @@ def _siglip(sizes: Config, image_size: tuple[int, int], select_layer: int, dtype
         norm_epsilon=1e-6,
         **dtypes,
     )
-    return module, siglip_rules(num_patches=num_patches(module), width=module.width)
+    return module, vit_rules(num_patches=num_patches(module), width=module.width)
 
 
 def _sam(sizes: Config, image_size: tuple[int, int], dtypes: dict) -> tuple[SAM, tuple[Rule, ...]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
+from vlm_jax.checkpoints.maps.timm import vit_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.pretrained.composition import visual_half, with_language
@@ -46,7 +46,7 @@ def describe(
     check_supported(section, {"token_pooling": (False,)}, f"{where}.projector_config")
     connector, projector = mlp_projector(section, f"{where}.projector_config", source="projector", **dtypes)
     rules = (
-        *prefixed(siglip_rules(num_patches=num_patches(vit), width=vit.width), "vision.", "encoder/"),
+        *prefixed(vit_rules(num_patches=num_patches(vit), width=vit.width), "vision.", "encoder/"),
         *prefixed(projector, target="connector/"),
     )
     visual = visual_half(vit, connector, image_shape(vit, 3), rules, UNUSED)

@@ -22,6 +22,7 @@ _QWEN2_5_OMNI = (
 
 # Model type -> (regular expression, replacement), applied to released keys in order; those of others are the same.
 MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "dinov3_vit": ((r"^layer\.", "model.layer."),),
     "gemma3": _LLAVA,
     "internvl": _LLAVA,
     "llava": _LLAVA,

@@ -351,14 +351,19 @@ def height_and_width(picture: Image.Image) -> tuple[int, int]:
     return picture.height, picture.width
 
 
+def padded(picture: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+    """The image centred on a canvas of (width, height); an odd pixel of padding is right or below."""
+    if picture.size == size:
+        return picture
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return canvas
+
+
 def square_padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The image centred on a square of its longer side; an odd pixel of padding is right or below.
 
     Source: LLaVA, mm_utils.py, expand2square.
     """
     side = max(picture.size)
-    if picture.size == (side, side):
-        return picture
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+    return padded(picture, (side, side), colour)

@@ -8,14 +8,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlm_jax.processors.image import square_padded
+from vlm_jax.processors.image import padded, square_padded
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.thin import Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import Grid, TwoSizes
 
-Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
+Fit = Literal["stretch", "crop", "crop_rounded", "pad", "pad_evenly", "shrink", "shrink_rounded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SquareViews(Tiles):
     | `crop` | its shorter side to `shortest_edge`, then a central crop |
     | `crop_rounded` | the same with a rounded centre, halves to even: torchvision |
     | `pad` | to a square with the background first, then as `crop` |
+    | `pad_evenly` | the same with borders of equal width, an odd pixel less, then as `crop_rounded`: Prismatic |
     | `shrink` | its longer side to the size, the other truncated, then to a square with the background |
     | `shrink_rounded` | the same, the other side rounded: DeepSeek-VL in transformers |
 
@@ -36,7 +37,7 @@ class SquareViews(Tiles):
       size: (height, width) of the tile, in pixels.
       num_tokens: visual tokens of a tile; 1 where an encoder returns one vector.
       fit: a row of the table.
-      shortest_edge: for both crops and `pad`, in pixels; the smaller side of `size` when None.
+      shortest_edge: for crops and paddings before them, in pixels; the smaller side of `size` when None.
       background: colour of padding in 8 bits; the mean of `pixels` when None.
       min_size: minimum length of a side in pixels in `shrink`.
 
@@ -99,12 +100,14 @@ class SquareViews(Tiles):
 
     def _cropped(self, picture: Image.Image) -> Image.Image:
         short = min(self.size) if self.shortest_edge is None else self.shortest_edge
-        canvas = (max(picture.size),) * 2 if self.fit == "pad" else picture.size
+        canvas = self._canvas(picture)
         long = int(short * max(canvas) / min(canvas))
         resized = (long, short) if canvas[0] > canvas[1] else (short, long)
         height, width = self.size
         spare = (resized[0] - width, resized[1] - height)
-        left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
+        left, top = (
+            round(length / 2) if self.fit in ("crop_rounded", "pad_evenly") else length // 2 for length in spare
+        )
         if min(left, top) >= 0 and (is_large(canvas, picture) or is_large(resized, picture)):
             columns, rows = (
                 Axis((whole - own) // 2, whole, new, (first, first + kept))
@@ -113,13 +116,21 @@ class SquareViews(Tiles):
                 )
             )
             options = {"colour": self._colour, "as_torch": self.pixels.as_torch}
-            picture = picture.convert("RGB") if self.fit == "pad" and picture.mode != "RGB" else picture
+            picture = picture.convert("RGB") if canvas != picture.size and picture.mode != "RGB" else picture
             return resized_part(picture, rows, columns, self.pixels.resample, **options)
-        picture = square_padded(picture, self._colour) if self.fit == "pad" else picture
+        picture = padded(picture, canvas, self._colour)
         picture = self.pixels.resized(picture, (resized[1], resized[0]))
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))
+
+    def _canvas(self, picture: Image.Image) -> tuple[int, int]:
+        """(width, height) of the image with its padding."""
+        longer = max(picture.size)
+        if self.fit == "pad_evenly":
+            width, height = (side + (longer - side) // 2 * 2 for side in picture.size)
+            return width, height
+        return (longer, longer) if self.fit == "pad" else picture.size
 
     def _shrunk(self, picture: Image.Image) -> Image.Image:
         long, side = max(picture.size), self.size[0]
@@ -134,11 +145,14 @@ class SquareViews(Tiles):
 class TwoSizeViews(Tiles):
     """Every image as one tile at two sizes; the smaller one is resized from the larger in 8 bits.
 
+    The sizes may be equal, for two encoders with different statistics.
+
     Attributes:
       high: views of the larger size, which determine the tokens.
       low: views of the smaller size.
 
-    Source: transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py.
+    Source: transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py; openvla/openvla-7b,
+    processing_prismatic.py.
     """
 
     high: SquareViews

@@ -72,6 +72,61 @@ INTERNVL = {
     "phi3-chat": chatml(_INTERNVL, PHI3_END, "<|{role}|>\n"),
 }
 
+
+def _after_images(before: str, after: str, first: str | None = None, system: str | None = None) -> str:
+    """Turns of Prismatic, whose images all come first; an answer is preceded by a space.
+
+    Args:
+      before, after: text around a question.
+      first: text before the first question, with `{system}`; as others when None.
+      system: the default system message, where there is one.
+    """
+    told = "these turns have no system message; put its text in the first question"
+    head = repr(before)
+    opening = (
+        f"{{% if messages[0].role == 'system' %}}{{{{ raise_exception({told!r}) }}}}{{% endif %}}"
+        "{% for message in messages %}"
+    )
+    if first is not None:
+        start, rest = first.split("{system}")
+        opening = (
+            f"{{% set system = {system!r} %}}{{% set turns = messages %}}{{% if messages[0].role == 'system' %}}"
+            "{% set system = messages[0].content | trim %}{% set turns = messages[1:] %}{% endif %}"
+        )
+        opening += "{% for message in turns %}"
+        head = f"({start!r} + system + {rest!r} if loop.first else {before!r})"
+    return (
+        "{% for message in messages %}{% for part in message.content.split('<image>')[1:] %}<image>{% endfor %}"
+        f"{{% endfor %}}{opening}{{% set text = message.content.replace('<image>', '') | trim %}}"
+        f"{{% if message.role == 'user' %}}{{{{ {head} + text + {after!r} }}}}"
+        "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' + (text or ' ') }}{% endgeneration %}</s>"
+        "{% endif %}{% endfor %}"
+    )
+
+
+# prismatic/models/backbones/llm/prompting. Beginning and end of an `llm_backbone_id` -> the turns of that model; the
+# tag that opens the system message of LLaMA-2 lacks a letter there. Turns are encoded together, as when the release
+# generates; in training it encodes each by itself, which is the same for tokenizers that put a space after `</s>`.
+PRISMATIC: dict[tuple[str, str], str] = {
+    ("llama2", "-pure"): _after_images("In: ", "\nOut:"),
+    ("llama2", "-chat"): _after_images(
+        "<s>[INST] ",
+        " [/INST]",
+        "[INST] <<SYS>\n{system}\n<</SYS>>\n\n",
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.",
+    ),
+    ("vicuna", ""): _after_images(
+        "USER: ",
+        " ASSISTANT:",
+        "{system} USER: ",
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions.",
+    ),
+    ("mistral", "-pure"): _after_images("In: ", "\nOut:"),
+    ("mistral", "-instruct"): _after_images("[INST] ", " [/INST]"),
+}
+
 # LLaVA, conversation.py, mpt.
 MPT = chatml(
     "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",

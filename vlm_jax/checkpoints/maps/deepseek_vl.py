@@ -1,32 +1,8 @@
-"""DeepSeek-VL's vision towers and projector under the names of its release."""
+"""DeepSeek-VL's SAM and projector under the names of its release; its SigLIP has those of timm."""
 
 from vlm_jax.checkpoints.maps.sam import SEGMENT_ANYTHING, encoder_rules, neck_rules
-from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear, linear_stack
-from vlm_jax.checkpoints.ops import Reshape
+from vlm_jax.checkpoints.maps.torch_layers import conv, linear, linear_stack
 from vlm_jax.checkpoints.rules import Rule, prefixed
-
-
-def siglip_rules(*, num_patches: int, width: int) -> tuple[Rule, ...]:
-    """The SigLIP tower, in timm's names -> `ViT`; there, query, key and value are one linear layer.
-
-    Args:
-      num_patches: rows of the position table.
-      width: residual width.
-    """
-    positions = Reshape((1, num_patches, width), (num_patches, width))
-    block, ours = "blocks.{layer}", "blocks/layers"
-    heads = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
-    return (
-        *conv("patch_embed.proj", "patch_embed", bias=True),
-        Rule("pos_embed", "positions/table", positions),
-        *layer_norm(f"{block}.norm1", f"{ours}/attention_norm"),
-        *fused(f"{block}.attn.qkv", heads, width),
-        *linear(f"{block}.attn.proj", f"{ours}/attention/out"),
-        *layer_norm(f"{block}.norm2", f"{ours}/mlp_norm"),
-        *linear(f"{block}.mlp.fc1", f"{ours}/mlp/up"),
-        *linear(f"{block}.mlp.fc2", f"{ours}/mlp/down"),
-        *layer_norm("norm", "final_norm"),
-    )
 
 
 def sam_rules(
