@@ -73,8 +73,8 @@ OPTIONS = {
             "out_bias": True,
             "num_key_heads": 2,
             "num_value_heads": 2,
-            "value_dim": 8,
-            "norm_epsilon": 1e-2,
+            "key_dim": 8,
+            "norm_epsilon": 0.1,  # what one token reads is a multiple of its value, whose sign a norm would make all
             "tie_embeddings": False,
         },
     ),
