@@ -219,7 +219,7 @@ def grouped(decoder, tokens, positions, segments, groups, cache=None):
 GROUPED = (
     "deepseek",
     "transformer",
-    "transformer with a local block, norms from one and of outputs, scaled embeddings",
+    "transformer with a local block, norms from one and of outputs, softcaps, scaled embeddings",
 )
 
 

@@ -15,7 +15,7 @@ from vlm_jax.pretrained.family import (
     check_supported,
     with_defaults,
 )
-from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
+from vlm_jax.pretrained.hugging_face import expert_width, text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_logit_scale, released_rope
 from vlm_jax.types import Config, Dtype, Fields
 
@@ -150,7 +150,7 @@ def _attention_fields(settings: Config, where: str) -> Fields:
 
 def _expert_fields(settings: Config, where: str) -> Fields:
     """Fields of the mixtures of experts; without routed experts every layer is dense."""
-    fields = {"expert_dim": settings["moe_intermediate_size"], "num_experts": 1, "num_selected": 1}
+    fields = {"expert_dim": expert_width(settings, where), "num_experts": 1, "num_selected": 1}
     if settings["n_routed_experts"] is None:
         return {**fields, "num_dense": settings["num_hidden_layers"]}
     if settings["num_experts_per_tok"] is None:

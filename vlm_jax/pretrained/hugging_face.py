@@ -120,3 +120,10 @@ def vocabulary(
             f"{where}.tie_word_embeddings: expected {head} to be {embedding}, but they differ; set it to false"
         )
     return vocabulary_rules(embedding, head, tied=tied, stored=stored)
+
+
+def expert_width(settings: Config, where: str) -> int:
+    """Hidden width of an expert; raises a PretrainedError where it is null, as in files of dense models."""
+    if settings["moe_intermediate_size"] is None:
+        raise PretrainedError(f"{where}.moe_intermediate_size: expected the width of an expert, got None")
+    return settings["moe_intermediate_size"]

@@ -15,7 +15,7 @@ from vlm_jax.pretrained.family import (
     check_supported,
     with_defaults,
 )
-from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
+from vlm_jax.pretrained.hugging_face import expert_width, text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 from vlm_jax.types import Config, Dtype, Fields
 
@@ -186,7 +186,7 @@ def llama(
     if "moe_intermediate_size" in settings:
         check_supported(settings, {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}, where)
         experts = {
-            "expert_dim": settings["moe_intermediate_size"],
+            "expert_dim": expert_width(settings, where),
             "num_experts": settings["num_local_experts"] or settings["num_experts"],
             "num_selected": settings["num_experts_per_tok"],
             "normalize_weights": settings.get("norm_topk_prob", True),
