@@ -223,6 +223,8 @@ def _after(tensors, prefix):
 class PrismaticProcessor:
     """The release's processor: pixels of all towers by torchvision, and the prompts of its scripts."""
 
+    chat_template = "In: …"  # stated, so that conversations are rendered
+
     def __init__(self, strategy="resize-naive", towers=2):
         self.tokenizer, self.strategy, self.count = tokenizer("<unk>"), strategy, towers
         self.image_processor = self

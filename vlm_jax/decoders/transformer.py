@@ -46,6 +46,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
       qk_scale: factor of the attention logits; head_dim ** -0.5 when None.
       attention_softcap: bound of the attention logits, as in Gemma 2, see `softcap.capped`; None for none.
       logit_softcap: the same of the vocabulary logits.
+      groups_exceed_windows: `groups_exceed_window` of `Context`.
       embedding_scale: factor of embedded text, not of visual tokens, as in Gemma; None for none.
       expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
       num_experts: experts to choose from.
@@ -86,6 +87,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     qk_scale: Positive | None = None
     attention_softcap: Positive | None = None
     logit_softcap: Positive | None = None
+    groups_exceed_windows: bool = False
     embedding_scale: Positive | None = None
     windows: tuple[Count | None, ...] = ()
     expert_dim: Size | None = None
@@ -209,6 +211,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
             magnitude=self.rope.magnitude,
             query_scale=rows.query_scale,
             groups=rows.group_ids,
+            groups_exceed_window=self.groups_exceed_windows,
             softcap=self.attention_softcap,
         )
 

@@ -119,6 +119,7 @@ def gemma2(
         "activation": ACTIVATIONS[settings["hidden_activation"]],
         "post_norm": True,
         "qk_scale": settings["query_pre_attn_scalar"] ** -0.5,
+        "groups_exceed_windows": True,  # of PaliGemma 2
         "attention_softcap": settings["attn_logit_softcapping"],
         "logit_softcap": settings["final_logit_softcapping"],
         "windows": _windows(settings, where),

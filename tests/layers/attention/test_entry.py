@@ -149,13 +149,20 @@ def test_positions_of_a_group_read_each_other(reference, in_blocks):
     np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
 
 
-def test_a_group_is_longer_than_a_window(reference, in_blocks):
-    """As in the masks of transformers, where a position reads what its window or its group allows."""
+@pytest.mark.parametrize("exceeds", [False, True])
+def test_a_group_is_longer_than_a_window(reference, in_blocks, exceeds):
+    """As in the masks of transformers.
+
+    In PaliGemma 2 a position reads what its window or its group allows, in Gemma 3 of its group what is not before the
+    window.
+    """
     q, k, v = arrays()
     groups = np.array([[3, 3, 3, 0, 0, 0], [0, 7, 7, 7, 7, 0]])
-    context = Context("causal", groups=jnp.asarray(groups), window=jnp.asarray(2))
+    context = Context("causal", groups=jnp.asarray(groups), window=jnp.asarray(2), groups_exceed_window=exceeds)
     mask = last_of(readable(2, 6, 6, causal=True), 2)
     mask[0, :3, :3] = mask[1, 1:5, 1:5] = True
+    if not exceeds:
+        mask &= np.arange(6) > np.arange(6)[:, None] - 2
     out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
     np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
 

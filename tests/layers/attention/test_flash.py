@@ -17,7 +17,7 @@ BRANCHES = np.tile(np.repeat([0, 1, 2, 0], 25), (4, 3))
     ("kind", "window", "others", "softcap"),
     [
         ("causal", 30, {"groups": BRANCHES}, None),
-        ("causal", 10, {"groups": BRANCHES}, 1.5),
+        ("causal", 10, {"groups": BRANCHES, "groups_exceed_window": True}, 1.5),
         ("causal", None, {"branches": BRANCHES}, None),
         ("full", None, {}, None),
     ],

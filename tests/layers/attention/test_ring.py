@@ -15,7 +15,7 @@ BRANCHES = np.array([[0] * 4 + [1] * 2 + [2] + [0] * 18, [0] * 9 + [1] * 8 + [2]
 @pytest.mark.parametrize(
     ("kind", "window", "others", "softcap"),
     [
-        ("causal", 6, {"groups": BRANCHES}, 1.5),
+        ("causal", 6, {"groups": BRANCHES, "groups_exceed_window": True}, 1.5),
         ("causal", None, {"branches": BRANCHES}, None),
         ("full", None, {}, None),
     ],

@@ -49,8 +49,9 @@ class Context:
       branches: branch ids of both queries and keys (without a cache); a position attends to
         branch 0 and its own branch. None where there is one branch.
       groups: group ids of both queries and keys (without a cache); in causal attention, consecutive positions of one
-        id other than 0 also attend to each other, as those of an image prefix, whatever the window. None where there
-        are no groups.
+        id other than 0 also attend to each other, as those of an image prefix. None where there are no groups.
+      groups_exceed_window: whether they do so whatever the window, as in PaliGemma 2; else the window bounds earlier
+        positions of a group too, as in Gemma 3.
       angles: RoPE angles of the queries' positions, or None; of several ropes those of each, concatenated, of which a
         stack of blocks takes each block's own (`TransformerStack.ropes`).
       magnitude: factor of rotated queries and keys.
@@ -72,6 +73,7 @@ class Context:
     window: Int[Array, ""] | None = None
     block: int | None = static_field(default=None)
     groups: Int[Array, "B T"] | None = None
+    groups_exceed_window: bool = static_field(default=False)
     softcap: float | None = static_field(default=None)
 
     def of_blocks(self) -> "Context":
@@ -115,7 +117,7 @@ def last_index(context: Context, num_queries: int, num_keys: int) -> Int[Array, 
 
 
 def first_order(context: Context, order: Int[Array, "_ S"], num_queries: int) -> Int[Array, "_ T"]:
-    """The order of the first key in the window of a query, or that of the first position of its group if it is lower.
+    """The order of the first key in the window of a query; with `groups_exceed_window` of its group, if that is lower.
 
     Args:
       context: with a window.
@@ -125,7 +127,7 @@ def first_order(context: Context, order: Int[Array, "_ S"], num_queries: int) ->
     assert context.window is not None
     own = order[:, order.shape[1] - num_queries :]
     first = own - (context.window - 1)
-    if context.groups is None:
+    if context.groups is None or not context.groups_exceed_window:
         return first
     starts = jnp.where(jnp.pad(_goes_on(context.groups), ((0, 0), (1, 0))), jnp.iinfo(jnp.int32).min, own)
     return jnp.minimum(first, jax.lax.cummax(starts, axis=1))
