@@ -14,24 +14,24 @@ BRANCHES = np.tile(np.repeat([0, 1, 2, 0], 25), (4, 3))
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "others", "softcap"),
+    ("kind", "window", "ids", "others"),
     [
-        ("causal", 30, {"groups": BRANCHES}, None),
-        ("causal", 10, {"groups": BRANCHES, "groups_exceed_window": True}, 1.5),
-        ("causal", None, {"branches": BRANCHES}, None),
-        ("full", None, {}, None),
+        ("causal", 30, {"groups": BRANCHES}, {}),
+        ("causal", 10, {"groups": BRANCHES}, {"groups_exceed_window": True, "softcap": 1.5}),
+        ("causal", None, {"branches": BRANCHES}, {}),
+        ("full", None, {}, {}),
     ],
 )
-def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, others, softcap):
+def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, ids, others):
     """300 positions in three blocks of 128, of which windows and segments leave some out, and heads of 24.
 
     Groups of 25 positions are longer than a window of 10.
     """
     monkeypatch.setattr(tiles, "_BLOCK", 128)
     compare, drawn = kernels
-    segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
+    segments, ids = jnp.asarray(SEGMENTS), {name: jnp.asarray(array) for name, array in ids.items()}
     window = None if window is None else jnp.asarray(window)
-    context = Context(kind, segments, segments, window=window, softcap=softcap, **others)
+    context = Context(kind, segments, segments, window=window, **ids, **others)
     compare("flash", context, drawn(4, 300, 300, 4, 1, 24, 16), {"data": 2, "fsdp": 2, "tensor": 2})
 
 

@@ -13,19 +13,19 @@ BRANCHES = np.array([[0] * 4 + [1] * 2 + [2] + [0] * 18, [0] * 9 + [1] * 8 + [2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "others", "softcap"),
+    ("kind", "window", "ids", "others"),
     [
-        ("causal", 6, {"groups": BRANCHES, "groups_exceed_window": True}, 1.5),
-        ("causal", None, {"branches": BRANCHES}, None),
-        ("full", None, {}, None),
+        ("causal", 6, {"groups": BRANCHES}, {"groups_exceed_window": True, "softcap": 1.5}),
+        ("causal", None, {"branches": BRANCHES}, {}),
+        ("full", None, {}, {}),
     ],
 )
-def test_equals_the_written_out_softmax(kernels, kind, window, others, softcap):
+def test_equals_the_written_out_softmax(kernels, kind, window, ids, others):
     """25 positions over 4 devices, so that a segment is on several and a device has several, and padding."""
     compare, drawn = kernels
-    segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
+    segments, ids = jnp.asarray(SEGMENTS), {name: jnp.asarray(array) for name, array in ids.items()}
     window = None if window is None else jnp.asarray(window)
-    context = Context(kind, segments, segments, window=window, softcap=softcap, **others)
+    context = Context(kind, segments, segments, window=window, **ids, **others)
     compare("ring", context, drawn(2, 25, 25, 4, 2, 8, 6), {"tensor": 2, "context": 4})
 
 
