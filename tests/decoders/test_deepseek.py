@@ -42,12 +42,12 @@ def made(**fields):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"depth": 4}, [("dense_0", 0, 1), ("sparse_1", 1, 4)]),
-        ({"depth": 4, "num_dense": 0}, [("sparse_0", 0, 4)]),
-        ({"depth": 4, "num_dense": 4}, [("dense_0", 0, 4)]),
+        ({"depth": 4}, (("dense_0", range(1)), ("sparse_1", range(1, 4)))),
+        ({"depth": 4, "num_dense": 0}, (("sparse_0", range(4)),)),
+        ({"depth": 4, "num_dense": 4}, (("dense_0", range(4)),)),
         (
             {"depth": 6, "num_dense": 1, "expert_every": 3},
-            [("dense_0", 0, 3), ("sparse_3", 3, 4), ("dense_4", 4, 6)],
+            (("dense_0", range(3)), ("sparse_3", range(3, 4)), ("dense_4", range(4, 6))),
         ),
     ],
 )
@@ -56,8 +56,8 @@ def test_layers_of_a_kind_that_follow_one_another_are_one_stack(fields, expected
     assert decoder.stacks() == expected
     init = functools.partial(VLM(None, None, decoder).init, jax.random.key(0))
     params = jax.eval_shape(init, text())["params"]["decoder"]
-    for name, start, stop in expected:
-        assert params[name]["layers"]["attention"]["out"]["kernel"].value.shape[0] == stop - start
+    for name, layers in expected:
+        assert params[name]["layers"]["attention"]["out"]["kernel"].value.shape[0] == len(layers)
         assert ("router" in params[name]["layers"]["mlp"]) == name.startswith("sparse")
 
 

@@ -208,7 +208,7 @@ def test_a_cache_in_bfloat16_moves_logits_as_rounding_does(params, ragged, naive
             cache = dataclasses.replace(cache, layers=jax.tree.map(kept, cache.layers))
             row, cache = step(tokens[:, None], state.position[:, None] + place, cache)
             said.append(np.asarray(row))
-            assert {leaf.dtype for leaf in cache.layers} == {jnp.dtype(dtype)}
+            assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(dtype)}
         return np.stack(said)
 
     exact, rounded = logits("float32"), logits("bfloat16")
@@ -243,7 +243,7 @@ def test_sharded_over_devices_as_on_one(params):
         shared = generate(model, placed, batch, mesh=mesh, **options)
     assert shared.tokens.tolist() == alone.tokens.tolist() and shared.steps == alone.steps
     spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), "tensor")
-    for leaf in states[0][0].cache.layers:
+    for leaf in jax.tree.leaves(states[0][0].cache.layers):
         assert leaf.shape[1] == 4
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
     with pytest.raises(GenerationError, match="expected context=1, got 8"):
@@ -266,7 +266,7 @@ def test_a_cache_is_laid_out_whatever_the_model_makes_of_it():
             {"params": says(range(1, 30), VOCAB)}, prompts(*[[1]] * 4), np.arange(4), np.zeros(4, bool), {},
             np.zeros(0, np.int32), model=Toy(VOCAB), pad_id=PAD, cache_length=16, cache_dtype=None, mesh=mesh,
         )  # fmt: skip
-    assert state.cache.layers.key.sharding.shard_shape((1, 4, 1, 1, 16)) == (1, 1, 1, 1, 16)
+    assert state.cache.layers[0].key.sharding.shard_shape((1, 4, 1, 1, 16)) == (1, 1, 1, 1, 16)
 
 
 decode = engine.decode

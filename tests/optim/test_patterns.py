@@ -141,3 +141,16 @@ def test_several_stacks_have_a_key_each():
         leaf_rates(shapes, {"encoder": 1.0}, {"encoder": 0.5}, "stage")
     found = leaf_rates(shapes, {"encoder": 1.0}, {"encoder/high": 0.5, "encoder/low": 0.25}, "stage")
     assert found == {"encoder/high/layers/mlp/kernel": (0.5, 1.0), "encoder/low/layers/mlp/kernel": (0.25, 1.0)}
+
+
+def test_every_nth_layers_are_between_the_others():
+    """Layers 0 and 3 are in one stack, 1 and 4, 2 and 5 in the others; layer 6 follows them."""
+    blocks = {depth: boxed(depth)["encoder"]["blocks"] for depth in (1, 2)}
+    names = {"a_0_every_3": 2, "a_1_every_3": 2, "b_2_every_3": 2, "a_6": 1}
+    shapes = {"encoder": {name: blocks[depth] for name, depth in names.items()}}
+    found = leaf_rates(shapes, {"encoder": 1.0}, {"encoder": 0.5}, "stage")
+    assert [found[f"encoder/{name}/layers/mlp/kernel"] for name in names] == [
+        (0.5**6, 0.5**3), (0.5**5, 0.5**2), (0.5**4, 0.5**1), 1.0,
+    ]  # fmt: skip
+    alone = leaf_rates(shapes, {"encoder": 1.0}, {"encoder/b_2_every_3": 0.5}, "stage")
+    assert alone["encoder/b_2_every_3/layers/mlp/kernel"] == (0.5, 1.0)

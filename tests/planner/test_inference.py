@@ -32,7 +32,7 @@ def works(config):
 
 def test_the_cache_is_in_bfloat16_over_the_rows_of_a_device(works):
     cache = works["decode"].arguments["cache"]
-    key, value = cache.layers
+    key, value = cache.layers[0]
     assert key.dtype == value.dtype == "bfloat16" and key.size == value.size == 2 * BATCH * CONTEXT * WIDTH
     assert key.sharding.shard_shape(key.shape)[1] == BATCH // 8
     assert all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(works["decode"].arguments["parameters of decoder"]))

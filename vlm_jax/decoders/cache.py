@@ -24,7 +24,7 @@ class Cache:
     positions are passed with the tokens, so rows of different lengths need nothing else.
 
     Attributes:
-      layers: a `KeyValue`, or another such tuple of stacks with a leading layer axis, or a tuple of those.
+      layers: what each stack of the decoder's layers keeps, with a leading layer axis: a `KeyValue` or another kind.
       segment_ids: segment of each slot; 0 where a slot is empty or padding.
       length: slots written so far.
       rest: cache of the layers after a drop of visual tokens, with fewer slots; None if there are none.
@@ -34,7 +34,7 @@ class Cache:
       is_empty: whether nothing is written yet (static): a prompt then attends only to itself.
     """
 
-    layers: Tree
+    layers: tuple[Tree, ...]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     rest: "Cache | None" = None
@@ -43,7 +43,7 @@ class Cache:
     is_empty: bool = static_field(default=False)
 
     @classmethod
-    def empty(cls, layers: Tree, batch_size: int, length: int) -> "Cache":
+    def empty(cls, layers: tuple[Tree, ...], batch_size: int, length: int) -> "Cache":
         """An empty cache of `length` slots per row, stored in `layers`."""
         segment_ids = jnp.zeros((batch_size, length), jnp.int32)
         return cls(layers, segment_ids, jnp.zeros((), jnp.int32), is_empty=True)
@@ -59,7 +59,7 @@ class Cache:
         return dataclasses.replace(parts[0], rest=cls.chained(parts[1:]) if len(parts) > 1 else None)
 
     @property
-    def readable(self) -> Tree:
+    def readable(self) -> tuple[Tree, ...]:
         """The layers to read: without slots while nothing is written."""
         if not self.is_empty:
             return self.layers
@@ -74,17 +74,19 @@ class Cache:
         held = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
         return dataclasses.replace(self, segment_ids=held, length=self.length + segment_ids.shape[1], is_empty=False)
 
-    def with_written(self, fresh: Tree, segment_ids: Int[Array, "B T"]) -> "Cache":
+    def with_written(self, fresh: tuple[Tree, ...], segment_ids: Int[Array, "B T"]) -> "Cache":
         """The cache with `fresh`, the values of T positions in the form of `layers`, written to the next slots."""
         layers = over_layers(lambda old, new, axis: written(old, new, self.length, axis), self.layers, fresh)
         return dataclasses.replace(self.with_segments(segment_ids), layers=layers)
 
 
-def over_layers(function: Callable[..., Tree], layers: Tree, *others: Tree) -> Tree:
+def over_layers(function: Callable[..., Tree], layers: tuple[Tree, ...], *others: tuple[Tree, ...]) -> tuple[Tree, ...]:
     """`function(*leaves, axis of the slots)` over the stacks of `layers`; the axis of what has no slots is None."""
-    if not isinstance(layers, KINDS):
-        return tuple(over_layers(function, *parts) for parts in zip(layers, *others, strict=True))
-    return type(layers)(*(function(*leaves) for leaves in zip(layers, *others, layers.SLOTS, strict=True)))
+
+    def over_stack(stack: Tree, *others: Tree) -> Tree:
+        return type(stack)(*(function(*leaves) for leaves in zip(stack, *others, stack.SLOTS, strict=True)))
+
+    return tuple(over_stack(*stacks) for stacks in zip(layers, *others, strict=True))
 
 
 def _without_slots(leaf: jax.Array, axis: int | None) -> jax.Array:

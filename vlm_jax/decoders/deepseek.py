@@ -1,7 +1,6 @@
 """DeepSeek's decoders: latent or multi-head attention, dense layers first, then mixtures of experts."""
 
 import dataclasses
-import itertools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.decoders.head import LinearHead
+from vlm_jax.decoders.periods import Stack, stacks_of
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -121,18 +121,17 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         stddev = self.width**-0.5 if self.tie_embeddings else 1.0  # as in `Transformer`
         self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
-        for name, start, stop in self.stacks():
+        for name, layers in self.stacks():
             block = self._block(sparse=name.startswith("sparse"))
-            setattr(self, name, TransformerStack(stop - start, {**block, **settings}, self.remat, self.unroll))
+            setattr(self, name, TransformerStack(len(layers), {**block, **settings}, self.remat, self.unroll))
         self.final_norm = Norm("rms", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
-    def stacks(self) -> list[tuple[str, int, int]]:
-        """(name, first layer, last layer + 1) of every stack: `dense_0`, `sparse_1`, and so on."""
+    def stacks(self) -> tuple[Stack, ...]:
+        """Consecutive layers of one kind, whose balance losses are collected: `dense_0`, `sparse_1`, and so on."""
         kinds = ["sparse" if i >= self.num_dense and i % self.expert_every == 0 else "dense" for i in range(self.depth)]
-        starts = [i for i in range(self.depth) if i == 0 or kinds[i] != kinds[i - 1]]
-        return [(f"{kinds[i]}_{i}", i, stop) for i, stop in itertools.pairwise([*starts, self.depth])]
+        return stacks_of(kinds, interleaved=False)
 
     def _block(self, *, sparse: bool) -> Fields:
         """Arguments of `TransformerBlock`."""
@@ -180,17 +179,14 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
         """Looks up token ids."""
         return self.embedding(tokens)
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> tuple[LayerCache, ...]:
-        """Latents, or keys and values, of layers `start` to `stop` - 1, one stack for each stack of the decoder."""
-
-        def empty(depth: int) -> LayerCache:
-            rows = (depth, batch_size, slots)
-            if self.latent_dim is not None:
-                sizes = (self.latent_dim, self.rope_dim)
-                return LatentKeyValue(*(jnp.zeros((*rows, size), dtype) for size in sizes))
-            return KeyValue.empty(*rows, self.num_kv_heads or self.num_heads, self.rotary_dim(), dtype)
-
-        return tuple(empty(min(stop, b) - max(start, a)) for _, a, b in self.stacks() if a < stop and b > start)
+    def empty_layers(self, name: str, depth: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
+        """Latents, or keys and values, of `depth` layers."""
+        del name
+        rows = (depth, batch_size, slots)
+        if self.latent_dim is not None:
+            sizes = (self.latent_dim, self.rope_dim)
+            return LatentKeyValue(*(jnp.zeros((*rows, size), dtype) for size in sizes))
+        return KeyValue.empty(*rows, self.num_kv_heads or self.num_heads, self.rotary_dim(), dtype)
 
     def __call__(
         self,

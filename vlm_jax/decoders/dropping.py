@@ -1,6 +1,7 @@
 """Dropping visual tokens between a decoder's layers: rows get shorter by a static number of positions."""
 
 import abc
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.decoders.cache import KINDS, Cache
+from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
+from vlm_jax.decoders.periods import Stack, periods
 from vlm_jax.decoders.raters import rated, raters_of, relevance
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
 from vlm_jax.layers.attention import Context
-from vlm_jax.layers.block import LayerCache, TransformerStack
+from vlm_jax.layers.block import LayerCache, Part, TransformerStack, in_turn
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
@@ -51,12 +53,12 @@ class Rows:
     levels: Float[Array, "B T F"] | None = None
     group_ids: Int[Array, "B T"] | None = None
 
-    def levels_of(self, stack: int, layer: int) -> Float[Array, "B T F"] | None:
-        """The levels from those of a stack's first layer `stack` on; None where layers from `layer` on have none."""
+    def levels_from(self, layer: int) -> Float[Array, "B T F"] | None:
+        """The levels of layers from `layer` on; None where they have none."""
         width = self.x.shape[-1]
         if self.levels is None or self.levels.shape[-1] <= layer * width:
             return None
-        return self.levels[..., stack * width :]
+        return self.levels[..., layer * width :]
 
 
 def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
@@ -166,7 +168,7 @@ class DropsTokens:
     """Mixin that runs a decoder's layers with drops of visual tokens between them.
 
     It provides `init_cache` and `run_layers`. A decoder lists its stacks of blocks in `stacks` and defines
-    a row's attention in `context`.
+    a row's attention in `context`. Layers whose stacks follow each other periodically run as one scan.
     """
 
     depth: Depth
@@ -176,8 +178,8 @@ class DropsTokens:
     final_norm: Norm
 
     @abc.abstractmethod
-    def stacks(self) -> list[tuple[str, int, int]]:
-        """(name, first layer, last layer + 1) of every stack of blocks, in order."""
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of blocks, by their first layers."""
 
     @abc.abstractmethod
     def rotary_dim(self) -> int:
@@ -202,8 +204,8 @@ class DropsTokens:
         del positions
 
     @abc.abstractmethod
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
-        """The empty cache of layers `start` to `stop` - 1: a stack, or a tuple of stacks."""
+    def empty_layers(self, name: str, depth: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
+        """The empty cache of `depth` layers of a stack."""
 
     def init_cache(
         self, batch_size: int, length: int, dtype: Dtype = None, places: VisualPlaces | None = None
@@ -219,7 +221,9 @@ class DropsTokens:
         for number, (start, stop) in enumerate(_spans(drops, self.depth)):
             slots = length - (whole - left[number])
             dtype = self.dtype if dtype is None else dtype
-            part = Cache.empty(self.empty_layers(start, stop, batch_size, slots, dtype), batch_size, slots)
+            depths = collections.Counter(self._order()[start:stop])
+            layers = (self.empty_layers(name, depth, batch_size, slots, dtype) for name, depth in depths.items())
+            part = Cache.empty(tuple(layers), batch_size, slots)
             if any(drop.renumbers for drop in drops[:number]):
                 part = dataclasses.replace(part, position_shift=jnp.zeros(batch_size, jnp.int32))
             parts.append(part)
@@ -321,40 +325,55 @@ class DropsTokens:
 
     def _stack_of(self, layer: int) -> tuple[str, int]:
         """The name of a layer's stack, and its index there."""
-        return next((name, layer - start) for name, start, stop in self.stacks() if start <= layer < stop)
+        return next((name, layers.index(layer)) for name, layers in self.stacks() if layer in layers)
+
+    def _order(self) -> tuple[str, ...]:
+        """The name of every layer's stack."""
+        return tuple(self._stack_of(layer)[0] for layer in range(self.depth))
 
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
         """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the next drop."""
         context, heads, x = self.context(rows), None, rows.x
-        held: tuple[LayerCache, ...] = ()
+        order = self._order()[start:stop]
+        held: dict[str, LayerCache] = {}
         if cache is not None:
             context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
-            held = _as_tuple(cache.readable)
-        pieces = [(name, max(start, a), min(stop, b), a, b) for name, a, b in self.stacks() if a < stop and b > start]
-        written = []
-        for number, (name, first, last, a, b) in enumerate(pieces):
-            stack, inside = self._stack(name), self.context_in(name, context)
-            own = held[number] if held else None
-            if coming is not None and coming.ranked_by == last - 1 == stop - 1:
-                head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
-                x, head = stack.run(x, inside, first - a, last - 1 - a, cache=head, levels=rows.levels_of(a, first))
-                x, tail, heads = stack.attend(x, inside, last - 1 - a, cache=tail)
-                x = stack.feed_forward(x, last - 1 - a, levels=rows.levels_of(a, last - 1))
-                own = tail if head is None or tail is None else head.joined(tail)
-            elif (first, last) == (a, b):
-                x, own, _ = stack(x, inside, cache=own, levels=rows.levels_of(a, first))
+            held = dict(zip(dict.fromkeys(order), cache.readable, strict=True))
+        ranks = coming is not None and start <= coming.ranked_by == stop - 1  # the last layer of the span does
+        written: dict[str, LayerCache] = {}
+
+        def write(name: str, own: LayerCache | None) -> None:
+            if own is not None:
+                written[name] = written[name].joined(own) if name in written else own
+
+        for first, period, repeats in periods(order[: len(order) - ranks]):
+            names, levels = order[first : first + period], rows.levels_from(start + first)
+            parts = []
+            for place, name in enumerate(names):
+                _, index = self._stack_of(start + first + place)
+                skip = order[:first].count(name)
+                parts.append(Part(self._stack(name), self.context_in(name, context), index, held.get(name), skip))
+            if period == 1 and repeats == parts[0].stack.depth:
+                x, own, _ = parts[0].stack(x, parts[0].context, cache=parts[0].cache, levels=levels)
+                fresh = (own,)
             else:
-                x, own = stack.run(x, inside, first - a, last - a, cache=own, levels=rows.levels_of(a, first))
-            written.append(own)
-        if coming is not None and heads is None:
-            name, layer = self._stack_of(coming.ranked_by)
-            heads = self._stack(name).attend(x, self.context_in(name, self.context(rows)), layer)[2]
-        if cache is not None:  # a span without layers has nothing to write
-            segments = rows.segment_ids
-            fresh = tuple(written) if _as_tuple(cache.layers) is cache.layers else next(iter(written), None)
-            cache = cache.with_written(fresh, segments) if written else cache.with_segments(segments)
+                x, fresh = in_turn(parts, repeats, x, levels)
+            for name, own in zip(names, fresh, strict=True):
+                write(name, own)
+        if coming is not None:
+            name, index = self._stack_of(coming.ranked_by)
+            stack = self._stack(name)
+            if ranks:
+                own = held[name].part(-1, None) if held else None
+                x, own, heads = stack.attend(x, self.context_in(name, context), index, cache=own)
+                x = stack.feed_forward(x, index, levels=rows.levels_from(stop - 1))
+                write(name, own)
+            else:
+                heads = stack.attend(x, self.context_in(name, self.context(rows)), index)[2]
+        if cache is not None:
+            cache = cache.with_written(tuple(written.values()), rows.segment_ids)
         return x, cache, heads
 
 
@@ -365,10 +384,5 @@ def _spans(drops: Sequence[Drop], depth: int) -> list[tuple[int, int]]:
 
 def _spans_of(cache: Cache) -> list[tuple[int, int]]:
     """(first layer, last layer + 1) of every part of a cache."""
-    counts = (sum(stack[0].shape[0] for stack in _as_tuple(part.layers)) for part in cache.parts)
+    counts = (sum(stack[0].shape[0] for stack in part.layers) for part in cache.parts)
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
-
-
-def _as_tuple(layers: LayerCache) -> tuple[LayerCache, ...]:
-    """The stacks of a cache."""
-    return (layers,) if isinstance(layers, KINDS) else layers

@@ -1,6 +1,5 @@
 """Decoders of layers of two kinds: full attention, and Gated DeltaNet, which keeps a state of fixed size."""
 
-import itertools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.decoders.head import LinearHead
+from vlm_jax.decoders.periods import Stack, stacks_of
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -28,7 +28,7 @@ Mixer = Literal["attention", "delta"]
 class Hybrid(DropsTokens, LinearHead, nn.Module):
     """A causal language model over embeddings whose layers mix tokens by attention or by the gated delta rule.
 
-    Consecutive layers of one kind are one scanned stack.
+    Layers at one place of the period of kinds are one stack, and the periods are scanned.
 
     Attributes:
       vocab_size: rows of the embedding table.
@@ -99,18 +99,16 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         stddev = self.width**-0.5 if self.tie_embeddings else 1.0  # as in `Transformer`
         self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
-        for name, start, stop in self.stacks():
-            block = self._block(self.mixers[start])
-            setattr(self, name, TransformerStack(stop - start, {**block, **settings}, self.remat, self.unroll))
+        for name, layers in self.stacks():
+            block = self._block(self.mixers[layers[0]])
+            setattr(self, name, TransformerStack(len(layers), {**block, **settings}, self.remat, self.unroll))
         self.final_norm = Norm("rms_from_one", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
-    def stacks(self) -> list[tuple[str, int, int]]:
-        """(name, first layer, last layer + 1) of every stack: `delta_0`, `attention_3`, and so on."""
-        kinds = self.mixers
-        starts = [i for i in range(self.depth) if i == 0 or kinds[i] != kinds[i - 1]]
-        return [(f"{kinds[i]}_{i}", i, stop) for i, stop in itertools.pairwise([*starts, self.depth])]
+    def stacks(self) -> tuple[Stack, ...]:
+        """One stack for every place of the period of kinds: `delta_0_every_4` and so on, see `stacks_of`."""
+        return stacks_of(self.mixers)
 
     def _block(self, kind: Mixer) -> Fields:
         """Arguments of `TransformerBlock`."""
@@ -146,17 +144,12 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         """Looks up token ids."""
         return self.embedding(tokens)
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> tuple[LayerCache, ...]:
-        """Keys and values, or states, of layers `start` to `stop` - 1, one stack for each stack of the decoder."""
+    def empty_layers(self, name: str, depth: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
+        """Keys and values, or states, of `depth` layers of a stack."""
+        if name.startswith("delta"):
+            return GatedDelta(**self._delta(), parent=None).empty(depth, batch_size, dtype)
         head_dim = self.head_dim or self.width // self.num_heads
-
-        def empty(name: str, depth: int) -> LayerCache:
-            if name.startswith("delta"):
-                return GatedDelta(**self._delta(), parent=None).empty(depth, batch_size, dtype)
-            return KeyValue.empty(depth, batch_size, slots, self.num_kv_heads, head_dim, dtype)
-
-        spans = [(name, max(start, a), min(stop, b)) for name, a, b in self.stacks()]
-        return tuple(empty(name, last - first) for name, first, last in spans if first < last)
+        return KeyValue.empty(depth, batch_size, slots, self.num_kv_heads, head_dim, dtype)
 
     def __call__(
         self,

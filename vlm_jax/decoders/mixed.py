@@ -1,7 +1,6 @@
 """A decoder whose blocks are of several kinds, with heads of different widths, windows and rotary positions."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +10,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.decoders.head import LinearHead
+from vlm_jax.decoders.periods import Stack, stacks_of
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -45,7 +45,7 @@ class BlockKind:
 class MixedTransformer(DropsTokens, LinearHead, nn.Module):
     """A causal language model over embeddings whose blocks differ in their attention.
 
-    Consecutive blocks of one kind are one scanned stack.
+    Blocks at one place of the period of kinds are one stack, and the periods are scanned.
 
     Attributes:
       vocab_size: rows of the embedding table.
@@ -126,28 +126,28 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         stddev = self.width**-0.5 if self.tie_embeddings else 1.0  # as in `Transformer`
         self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
-        for name, start, stop in self.stacks():
+        for name, layers in self.stacks():
             kind = self._kind(name)
             stack = TransformerStack(
-                stop - start,
+                len(layers),
                 {**self._block(kind), **settings},
                 self.remat,
                 self.unroll,
-                windows=() if kind.window is None else (kind.window,) * (stop - start),
+                windows=() if kind.window is None else (kind.window,) * len(layers),
             )
             setattr(self, name, stack)
         self.final_norm = Norm(self.norm, self.norm_epsilon, **settings)
         if not self.tie_embeddings:
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
-    def stacks(self) -> list[tuple[str, int, int]]:
-        """(name, first block, last block + 1) of every stack: `blocks_0` and so on, by its first block."""
-        starts = [i for i in range(self.depth) if i == 0 or self.order[i] != self.order[i - 1]]
-        return [(f"blocks_{start}", start, stop) for start, stop in itertools.pairwise([*starts, self.depth])]
+    def stacks(self) -> tuple[Stack, ...]:
+        """One stack for every place of the period of kinds: `local_0_every_6` and so on, see `stacks_of`."""
+        names = ["global" if kind.window is None else "local" for kind in self.kinds]
+        return stacks_of([names[index] for index in self.order])
 
     def _index(self, name: str) -> int:
         """The index of the kind of a stack's blocks."""
-        return next(self.order[start] for found, start, _ in self.stacks() if found == name)
+        return next(self.order[layers[0]] for found, layers in self.stacks() if found == name)
 
     def _kind(self, name: str) -> BlockKind:
         return self.kinds[self._index(name)]
@@ -192,14 +192,10 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
         x = self.embedding(tokens)
         return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> tuple[KeyValue, ...]:
-        """Keys and values of blocks `start` to `stop` - 1, one stack for each stack of the decoder."""
-        found = []
-        for name, a, b in self.stacks():
-            depth, kind = min(stop, b) - max(start, a), self._kind(name)
-            if depth > 0:
-                found.append(KeyValue.empty(depth, batch_size, slots, kind.num_kv_heads, kind.head_dim, dtype))
-        return tuple(found)
+    def empty_layers(self, name: str, depth: int, batch_size: int, slots: int, dtype: Dtype) -> KeyValue:
+        """Keys and values of `depth` blocks of a stack."""
+        kind = self._kind(name)
+        return KeyValue.empty(depth, batch_size, slots, kind.num_kv_heads, kind.head_dim, dtype)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.decoders.head import LinearHead
+from vlm_jax.decoders.periods import Stack
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -167,13 +168,14 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         x = self.embedding(tokens)
         return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
-    def stacks(self) -> list[tuple[str, int, int]]:
+    def stacks(self) -> tuple[Stack, ...]:
         """One stack of all layers."""
-        return [("blocks", 0, self.depth)]
+        return (Stack("blocks", range(self.depth)),)
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> KeyValue:
-        """Keys and values of layers `start` to `stop` - 1."""
-        return KeyValue.empty(stop - start, batch_size, slots, self.num_kv_heads, self.rotary_dim(), dtype)
+    def empty_layers(self, name: str, depth: int, batch_size: int, slots: int, dtype: Dtype) -> KeyValue:
+        """Keys and values of `depth` layers."""
+        del name
+        return KeyValue.empty(depth, batch_size, slots, self.num_kv_heads, self.rotary_dim(), dtype)
 
     def __call__(
         self,

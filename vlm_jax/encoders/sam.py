@@ -49,7 +49,7 @@ def block_runs(depth: int, global_blocks: tuple[int, ...]) -> tuple[Run, ...]:
     runs = []
     for (is_global, _), members in itertools.groupby(range(depth), lambda i: (i in global_blocks, i == first)):
         indices = list(members)
-        runs.append(Run(f"run_{len(runs)}", indices[0], indices[-1] + 1, not is_global))
+        runs.append(Run(f"run_{indices[0]}", indices[0], indices[-1] + 1, not is_global))
     return tuple(runs)
 
 

@@ -258,7 +258,7 @@ class TransformerStack(nn.Module):
         scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
         index = None if levels is None else jnp.arange(self.depth)
         layers = scanned(collect=collect, num_ropes=self._num_ropes, name="layers", **self.block)
-        x, (cache, inputs) = layers(x, cache, self._own(0, self.depth), index, levels, context)
+        x, (cache, inputs) = layers(x, cache, self.own(0, self.depth), index, levels, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
@@ -273,40 +273,16 @@ class TransformerStack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Runs blocks `start` to `stop` - 1; `cache` and the values to write to it are of these blocks only.
 
-        `levels` begin with what is added to block 0. Without blocks there is nothing to write.
+        `levels` begin with what is added to block `start`. Without blocks there is nothing to write.
         """
-        if start == stop:
-            return x, None
-        params, kinds = self._params(x), self._own(start, stop)
-
-        numbers = jnp.arange(start, stop)
-
-        def layer(x: jax.Array, inputs: Tree) -> Tree:
-            params, past, kind, index = inputs
-            own = kind.context(context, self._num_ropes)
-            run = self._rematted(lambda p, x, past: self._apply(p, x, past, own)[0])
-            x, fresh = run(params, x, past)
-            return with_level(x, levels, index), fresh
-
-        def indexed_layer(x: jax.Array, inputs: Tree) -> Tree:
-            index, kind = inputs
-            return layer(x, (of_layers(params, index), of_layers(cache, index - start), kind, index))
-
-        if has_per_layer(params):
-            inputs = of_layers(params, slice(start, stop)), cache, kinds, numbers
-            return in_sequence(layer, x, inputs, stop - start)
-        # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
-        # stack is a sum over layers of whole stacks, so training slices.
-        if cache is None:
-            inputs = of_layers(params, slice(start, stop)), None, kinds, numbers
-            return jax.lax.scan(layer, x, inputs, unroll=self.unroll)
-        return jax.lax.scan(indexed_layer, x, (numbers, kinds), unroll=self.unroll)
+        x, (cache,) = in_turn([Part(self, context, start, cache)], stop - start, x, levels)
+        return x, cache
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
         """x + attention(norm(x)) of block `index`, the values to write to its cache, and its queries and keys."""
-        params = self._params(x)
+        params = self.layers_of(x)
         own, cache = of_layers(params, index), of_layers(cache, 0)
         context = self.context_of(index, context)
         run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
@@ -318,21 +294,21 @@ class TransformerStack(nn.Module):
     def feed_forward(
         self, x: Float[Array, "B T D"], index: int, *, levels: Float[Array, "B T F"] | None = None
     ) -> Float[Array, "B T D"]:
-        """x + mlp(norm(x)) of block `index`, with what `levels` adds to it."""
-        own = of_layers(self._params(x), index)
+        """x + mlp(norm(x)) of block `index`, with what `levels` adds to it, with which they begin."""
+        own = of_layers(self.layers_of(x), index)
         run = self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])
-        return with_level(run(own, x), levels, index)
+        return with_level(run(own, x), levels, 0)
 
     def context_of(self, index: int, context: Context) -> Context:
         """The context of block `index`, with the block's own window and rotary angles."""
-        own = jax.tree.map(lambda leaf: leaf[0], self._own(index, index + 1))
+        own = jax.tree.map(lambda leaf: leaf[0], self.own(index, index + 1))
         return own.context(context, self._num_ropes)
 
     @property
     def _num_ropes(self) -> int:
         return max(self.ropes, default=0) + 1
 
-    def _own(self, start: int, stop: int) -> _Own:
+    def own(self, start: int, stop: int) -> _Own:
         """The windows and ropes of blocks `start` to `stop` - 1."""
         for name, given in (("windows", self.windows), ("ropes", self.ropes)):
             if given and len(given) != self.depth:
@@ -342,7 +318,14 @@ class TransformerStack(nn.Module):
         found = (jnp.asarray(given, jnp.int32) if given else None for given in (windows, self.ropes[start:stop]))
         return _Own(*found)
 
-    def _params(self, x: jax.Array) -> Params:
+    def block_of(
+        self, params: Params, x: Float[Array, "B T D"], past: LayerCache | None, own: _Own, context: Context
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Runs one block with its parameters, cache, and what `own` says of it."""
+        own_context = own.context(context, self._num_ropes)
+        return self._rematted(lambda p, x, past: self._apply(p, x, past, own_context)[0])(params, x, past)
+
+    def layers_of(self, x: jax.Array) -> Params:
         """The stacked parameters; at initialisation they are sampled as usual."""
         if self.is_initializing() and not self.has_variable("params", "layers"):
             self(x[:, :1], Context("causal"))  # which windows need
@@ -355,3 +338,71 @@ class TransformerStack(nn.Module):
         if self.remat == "none":
             return function
         return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+
+class Part(NamedTuple):
+    """Blocks of one stack that `in_turn` runs.
+
+    Attributes:
+      stack: their stack.
+      context: the context of its blocks.
+      start: index in the stack of the first of them.
+      cache: of consecutive blocks of the stack, among which they are; None for none.
+      skip: blocks of the cache before the first of them.
+    """
+
+    stack: TransformerStack
+    context: Context
+    start: int
+    cache: LayerCache | None
+    skip: int = 0
+
+
+def in_turn(
+    parts: Sequence[Part], repeats: int, x: Float[Array, "B T D"], levels: Float[Array, "B T F"] | None = None
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
+    """Runs one block of every part, in order, then the next block of every part, `repeats` times, as one scan.
+
+    Args:
+      parts: whose stacks may have blocks of different kinds.
+      repeats: blocks of every part; without any there is nothing to write.
+      x: the input of the first block.
+      levels: begin with what is added to the first block; see `with_level`.
+
+    Returns:
+      The output of the last block, and of every part the values to write to the cache of these blocks.
+    """
+    if repeats == 0:
+        return x, (None,) * len(parts)
+    params = tuple(part.stack.layers_of(x) for part in parts)
+    kinds = tuple(part.stack.own(part.start, part.start + repeats) for part in parts)
+    numbers = jnp.arange(repeats)
+
+    def layers(x: jax.Array, inputs: Tree) -> Tree:
+        *of_parts, number = inputs
+        fresh = []
+        for place, (part, own, past, kind) in enumerate(zip(parts, *of_parts, strict=True)):
+            x, new = part.stack.block_of(own, x, past, kind, part.context)
+            x = with_level(x, levels, number * len(parts) + place)
+            fresh.append(new)
+        return x, tuple(fresh)
+
+    def indexed_layers(x: jax.Array, inputs: Tree) -> Tree:
+        kinds, number = inputs
+        own = tuple(of_layers(of_part, part.start + number) for part, of_part in zip(parts, params, strict=True))
+        past = tuple(of_layers(part.cache, part.skip + number) for part in parts)
+        return layers(x, (own, past, kinds, number))
+
+    def sliced(starts: Sequence[int], trees: Sequence[Tree]) -> tuple[Tree, ...]:
+        return tuple(of_layers(tree, slice(first, first + repeats)) for first, tree in zip(starts, trees, strict=True))
+
+    apart = has_per_layer(params)
+    cached = any(part.cache is not None for part in parts)
+    unroll = max(1, max(part.stack.unroll for part in parts) // len(parts))
+    # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
+    # stack is a sum over layers of whole stacks, so training slices.
+    if cached and not apart:
+        return jax.lax.scan(indexed_layers, x, (kinds, numbers), unroll=unroll)
+    past = sliced([part.skip for part in parts], [part.cache for part in parts])
+    inputs = sliced([part.start for part in parts], params), past, kinds, numbers
+    return in_sequence(layers, x, inputs, repeats) if apart else jax.lax.scan(layers, x, inputs, unroll=unroll)

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -102,16 +103,16 @@ def _decays(boxed: Params, root: str, decay: float, where: str) -> dict[str, tup
             stacks[_stack(path, root)] = box.value.shape[0]
     if not stacks:
         raise ConfigError(f"{where}: there are no layers in it; choose a part with layers, such as a transformer")
-    if len(stacks) > 1 and any(_first_layer(stack) is None for stack in stacks):
+    depth = sum(stacks.values())
+    numbers = {stack: _layers(stack, count) for stack, count in stacks.items()}
+    if len(stacks) == 1:  # also a stack of several by its own path
+        numbers = dict.fromkeys(stacks, range(depth))
+    if sorted(itertools.chain(*numbers.values())) != list(range(depth)):
         raise ConfigError(f"{where}: has several stacks of layers ({', '.join(sorted(stacks))}); give each a key")
-    starts, depth = {}, 0
-    for stack in sorted(stacks, key=lambda stack: _first_layer(stack) or 0):
-        starts[stack], depth = depth, depth + stacks[stack]
     found = {}
     for path, box in below.items():
         if box.names[:1] == (axes.LAYERS,):
-            start = starts[_stack(path, root)]
-            found[path] = tuple(decay ** (depth - 1 - start - layer) for layer in range(box.value.shape[0]))
+            found[path] = tuple(decay ** (depth - 1 - layer) for layer in numbers[_stack(path, root)])
         else:
             names = path.removeprefix(f"{root}/").split("/")
             behind = any(fnmatch.fnmatchcase(name, one) for name in names for one in BEHIND)
@@ -127,10 +128,14 @@ def _stack(path: str, root: str) -> str:
     return "/".join(names[: root.count("/") + 2])
 
 
-def _first_layer(stack: str) -> int | None:
-    """The number of a stack's first layer, with which the names of several stacks of one tower end."""
-    number = re.search(r"_(\d+)$", stack)
-    return None if number is None else int(number.group(1))
+def _layers(stack: str, count: int) -> range:
+    """The numbers of a stack's layers in its tower: from the first, with which the names of several stacks end, on.
+
+    Or every n-th one from it on, of a name that says so: `local_0_every_6`.
+    """
+    number = re.search(r"_(\d+)(?:_every_(\d+))?$", stack)
+    first, step = (0, 1) if number is None else (int(number.group(1)), int(number.group(2) or 1))
+    return range(first, first + count * step, step)
 
 
 def _precedence(pattern: str) -> int:

@@ -109,8 +109,8 @@ def deepseek_v2(
 def trunk_rules(decoder: Deepseek) -> tuple[Rule, ...]:
     """Blocks and final norm, after `model.`."""
     rules = [*rms_norm("norm", "final_norm")]
-    for name, start, stop in decoder.stacks():
-        target, where = f"{name}/layers", {"layer": range(start, stop)}
+    for name, layers in decoder.stacks():
+        target, where = f"{name}/layers", {"layer": layers}
         rules += maps.block_rules(target, where)
         if decoder.latent_dim is None:
             rules += maps.plain_attention_rules(target, where)

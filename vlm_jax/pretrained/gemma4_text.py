@@ -104,11 +104,11 @@ def gemma4(
         **dtypes,
     )
     rules = [*rms_norm("norm", "final_norm")]
-    for name, start, stop in decoder.stacks():
-        own = not kinds[order[start]].value_is_key
-        rules += block_rules(f"{name}/layers", range(start, stop), value=own, bias=bias)
+    for name, layers in decoder.stacks():
+        own = not kinds[order[layers[0]]].value_is_key
+        rules += block_rules(f"{name}/layers", layers, value=own, bias=bias)
         if decoder.expert_dim is not None:
-            rules += expert_rules(f"{name}/layers", range(start, stop), decoder.expert_dim)
+            rules += expert_rules(f"{name}/layers", layers, decoder.expert_dim)
     table, head = f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight"
     whole = (*prefixed(rules, names.trunk), *vocabulary(table, head, checkpoint, where, tied=tied))
     return LanguageModel(decoder, whole)

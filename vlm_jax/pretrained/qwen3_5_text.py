@@ -141,8 +141,8 @@ def _rotary(settings: Config, head_dim: int, where: str) -> tuple[Fields, int]:
 def _trunk_rules(decoder: Hybrid, head_dim: int) -> tuple[Rule, ...]:
     """Blocks and final norm, after `model.`."""
     rules = [*rms_norm("norm", "final_norm")]
-    for name, start, stop in decoder.stacks():
-        target, where = f"{name}/layers", {"layer": range(start, stop)}
+    for name, layers in decoder.stacks():
+        target, where = f"{name}/layers", {"layer": layers}
         rules += maps.block_rules(target, where)
         if name.startswith("delta"):
             widths = {

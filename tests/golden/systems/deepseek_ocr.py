@@ -71,9 +71,9 @@ def forward(ours: Any, batch: Batch) -> tuple[jax.Array, ...]:
         captured = {"capture_intermediates": lambda part, method: method == "__call__" and part.name == "layers"}
         (x, hidden, logits), state = ours.module.apply({"params": params}, batch, method=run, **captured)
         kept, layers = state["intermediates"]["decoder"], [x]
-        for name, start, stop in ours.module.decoder.stacks():
+        for name, numbers in ours.module.decoder.stacks():
             after = kept[name]["layers"]["__call__"][0][0]
-            layers += [after[i] for i in range(stop - start)]
+            layers += [after[i] for i in range(len(numbers))]
         return x, jnp.stack([*layers[:-1], hidden], axis=1), logits
 
     return apply(ours.params, jax.tree.map(jnp.asarray, batch))

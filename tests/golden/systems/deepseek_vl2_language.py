@@ -46,9 +46,9 @@ def text_states(ours: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
     kept = state["intermediates"]["decoder"]
     found = {"text.hidden.0": decoder.apply({"params": ours.params["decoder"]}, batch.tokens, method="embed")}
     found["text.hidden.final"] = kept["final_norm"]["__call__"][0]
-    for name, start, stop in decoder.stacks():
+    for name, layers in decoder.stacks():
         stack = kept[name]["layers"]
-        for i, layer in enumerate(range(start, stop)):
+        for i, layer in enumerate(layers):
             found[f"text.attn_out.{layer}"] = stack["attention"]["__call__"][0][0][i]
             found[f"text.mlp_out.{layer}"] = stack["mlp"]["__call__"][0][i]
             found[f"text.hidden.{layer + 1}"] = stack["__call__"][0][0][i]
