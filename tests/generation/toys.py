@@ -38,7 +38,8 @@ class Toy(nn.Module):
         size, length = batch.tokens.shape
         last = jnp.max(jnp.where(batch.segment_ids == PADDING_SEGMENT, 0, jnp.arange(length)[None]), axis=1)
         token, position = (jnp.asarray(array)[jnp.arange(size), last] for array in (batch.tokens, batch.positions))
-        cache = Cache.empty(KeyValue.empty(1, size, cache_length, 1, 1, cache_dtype or jnp.float32), size, cache_length)
+        kept = KeyValue.empty(1, size, cache_length, 1, 1, cache_dtype or jnp.float32)
+        cache = Cache.empty((kept,), size, cache_length)
         return self._logits(token, position), cache.with_segments(jnp.asarray(batch.segment_ids))
 
     def extend(self, tokens, positions, cache):

@@ -249,9 +249,11 @@ def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
         return module.apply(own, *args, method=run_tokens, places=places)
 
     logits, cache = prefill(params(), first, places_of(first))
-    slots = [part.layers[0].key.shape[-1] for part in cache.parts]
+    slots = [part.segment_ids.shape[-1] for part in cache.parts]
     assert slots == [LENGTH + 1 - 2 * (TOKENS - kept) for kept in (TOKENS, *(drop.num_kept for drop in drops))]
-    assert sum(part.layers[0].key.shape[0] for part in cache.parts) == DEPTH
+    keys = [(stack.key, part) for part in cache.parts for stack in part.layers]
+    assert all(key.shape[-1] == part.segment_ids.shape[-1] for key, part in keys)
+    assert sum(key.shape[0] for key, _ in keys) == DEPTH
     weights = np.zeros((2, LENGTH), np.float32)
     weights[:, end - 1 :] = 1  # as if what follows were the answer
     learned = dataclasses.replace(batch, loss_weights=jnp.asarray(weights), targets=batch.tokens)
