@@ -38,7 +38,9 @@ def stacks_of(kinds: Sequence[str], *, interleaved: bool = True) -> tuple[Stack,
 
 @functools.lru_cache
 def periods(order: tuple[str, ...], longest: int | None = None) -> tuple[tuple[int, int, int], ...]:
-    """Divides a sequence into parts that repeat, so that the sum of their periods is least, with few parts, long ones first.
+    """Divides a sequence into parts that repeat, so that the sum of their periods is least.
+
+    Among such divisions, that of the fewest parts, of which the first is long.
 
     Args:
       order: what is at every place.
