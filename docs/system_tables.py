@@ -139,8 +139,8 @@ ROWS = (
         live="conversation to answer, and back",
     ),
     Row(
-        "PaliGemma, PaliGemma 2",
-        ("paligemma",),
+        "PaliGemma, PaliGemma 2 (`transformers`, big_vision `.npz`)",
+        ("paligemma", "big_vision.proj.paligemma.paligemma"),
         "SigLIP, one linear layer, Gemma or Gemma 2 with softcaps; both-ways attention in images and question",
         live="question to answer, loss, gradients, and back",
     ),
@@ -248,6 +248,7 @@ torch's rounding, which differs from Pillow's.
 
 A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
 c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.
+PaliGemma's is `paligemma_tokenizer.model`, under this name.
 
 ## Included released configs
 

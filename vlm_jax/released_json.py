@@ -117,6 +117,7 @@ SECTIONS = {
     *TOWERS,
     "thinker_config",
     *("model", "model_cfg", "preprocess_cfg", "resnet", "transformer", "image_processor", "video_processor"),
+    *("img", "llm"),
     "video_sampling",
 }
 # Sections of some releases that are names in others.
@@ -140,7 +141,7 @@ FORMS: dict[str, Form] = _table(
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
         text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size dim
         full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim
-        linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
+        linear_value_head_dim linear_num_key_heads linear_num_value_heads num_kv_heads""",
     ),
     (
         COUNT | NULL,
@@ -184,6 +185,7 @@ FORMS: dict[str, Form] = _table(
     (NUMBER, "initializer_factor layerscale_value logit_scale_init_value aux_loss_alpha"),
     (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor"),
     (NUMBER | NULL, "final_logit_softcapping attn_logit_softcapping"),
+    (number(0, _HUGE) | NULL, "final_logits_softcap attn_logits_softcap"),
     # config.json: flags and names
     (
         FLAG,
@@ -193,14 +195,15 @@ FORMS: dict[str, Form] = _table(
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
         use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square
         standardize use_clipped_linears attention_k_eq_v enable_moe_block
-        use_gated_mlp query_bias key_bias value_bias proj_bias""",
+        post_norms use_gated_mlp query_bias key_bias value_bias proj_bias""",
     ),
     (
         TEXT,
         """model_type model_name hidden_act hidden_activation norm_type mm_projector_type mm_vision_select_feature
         projector_type concat_type ps_version scoring_func select_feature pooler_act projector_hidden_act s2_scales
         tile_tag tokenize_function topk_method vision_feature_select_strategy cls posemb pool_type text_model
-        image_model global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy""",
+        image_model img_model llm_model query_pre_attn_norm
+        global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy""",
     ),
     (TEXT | NULL, "mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version"),
     (SECTION | NULL, "rope_scaling rope_parameters per_layer_config"),

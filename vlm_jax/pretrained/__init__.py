@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from vlm_jax.plugins import Registry, lacking_of_function
 from vlm_jax.pretrained import (
     big_vision,
+    big_vision_paligemma,
     blip,
     clip,
     deepseek_ocr,
@@ -62,6 +63,7 @@ from vlm_jax.types import Config
 _OWN: Mapping[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
+    big_vision_paligemma.MARKER: big_vision_paligemma.describe,
     "big_vision.vit": big_vision.describe_vit,
     "blip-2": blip.describe,
     "blip_2_qformer": blip.describe_qformer,
@@ -185,7 +187,7 @@ def from_pretrained(
       mesh: devices to load to, each reading its own shards; the default device when None.
       image_size: side in pixels of the square images, for which position tables are interpolated as in
         the release's own loader, and to which `processor` resizes; as released when None.
-      config: the released settings, for an `.npz` without a `config.json`.
+      config: the released settings, for an `.npz` without a `config.json`; one of PaliGemma needs none.
       token_budget, reducer, connector: visual tokens of an image; as in `budgets.with_budget`. The release's own
         when None.
       adapter: a folder of `peft` with a LoRA adapter for the release, or its name on the hub, which is merged.

@@ -91,7 +91,7 @@ _TEXT_POOLING: dict[str, TextPooling] = {
 _NAFLEX = "proj.image_text.naflex_vit"
 
 
-def _settings(config: Config, defaults: Config, where: str) -> Fields:
+def tower_settings(config: Config, defaults: Config, where: str) -> Fields:
     """The section with its variant expanded and its defaults."""
     variant = config.get("variant")
     sizes: Fields = {}
@@ -118,11 +118,11 @@ def _trunk_fields(settings: Config, where: str) -> Fields:
     }
 
 
-def _vit(
+def vision_tower(
     config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[ViT, tuple[Rule, ...]]:
     """A ViT; the image size of training is computed from its position table."""
-    settings = _settings(config, VIT_DEFAULTS, where)
+    settings = tower_settings(config, VIT_DEFAULTS, where)
     check_supported(settings, {"posemb": ("learn", "sincos2d")}, where)
     patch = one_side(settings["patch_size"], f"{where}.patch_size")
     table = checkpoint.get(f"{prefix}pos_embedding")
@@ -150,7 +150,7 @@ def _naflex(
     config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[NaflexViT, tuple[Rule, ...]]:
     """A NaFlex ViT, whose patch size is not in its config."""
-    settings = _settings(config, NAFLEX_DEFAULTS, where)
+    settings = tower_settings(config, NAFLEX_DEFAULTS, where)
     grid = settings["nposemb"]
     if not settings["posemb"].startswith("learn_2d"):
         raise PretrainedError(f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}")
@@ -171,7 +171,7 @@ def _text(
     dtypes: Config,
 ) -> tuple[TextTower, tuple[Rule, ...]]:
     """A text tower; its context length is computed from its position table."""
-    settings = _settings(config, TEXT_DEFAULTS, where)
+    settings = tower_settings(config, TEXT_DEFAULTS, where)
     check_supported(settings, {"pool_type": tuple(_TEXT_POOLING)}, where)
     table = checkpoint.get(f"{prefix}pos_embedding")
     length = 1 if table is None else table.shape[1]
@@ -190,7 +190,7 @@ def _text(
     return text, maps.text_rules(maps.Sizes(text.width, text.num_heads), length, scanned=settings["scan"])
 
 
-def _prefix(checkpoint: Mapping[str, SourceTensor]) -> str:
+def names_prefix(checkpoint: Mapping[str, SourceTensor]) -> str:
     """`params/` in current releases, empty in older ones."""
     return "params/" if any(key.startswith("params/") for key in checkpoint) else ""
 
@@ -199,8 +199,8 @@ def describe_vit(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A ViT with its classification head, or without where `num_classes` is None or 0."""
-    prefix = _prefix(checkpoint)
-    vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
+    prefix, dtypes = names_prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
+    vit, rules = vision_tower(config.get("model", {}), checkpoint, prefix, "model", **dtypes)
     classes = config.get("num_classes")
     keys = _size_keys(vit, f"{prefix}pos_embedding")
     if not classes:
@@ -218,7 +218,7 @@ def describe_text(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Only a text tower."""
-    prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
+    prefix, dtypes = names_prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
     text, rules = _text(config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes)
     return Description(text, (TEXT_SHAPE,), prefixed(rules, prefix))
 
@@ -230,7 +230,7 @@ def describe_two_towers(
     settings = with_defaults(config.get("model", {}), TWO_TOWER_DEFAULTS, "model")
     known = {"text_model": (TWO_TOWER_DEFAULTS["text_model"],), "image_model": ("vit", _NAFLEX)}
     check_supported(settings, known, "model")
-    prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
+    prefix, dtypes = names_prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
     widths = settings["out_dim"]
     image_dim, text_dim = (widths, widths) if isinstance(widths, int) else widths
     fields = {"projection_dim": image_dim, "projection_bias": True, **dtypes}
@@ -239,7 +239,7 @@ def describe_two_towers(
         image, rules = _naflex(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = patches_shape(image, 3)
     else:
-        image, rules = _vit(section, checkpoint, f"{prefix}img/", "model.image", **fields)
+        image, rules = vision_tower(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = image_shape(image, 3)
         resize = resizer(config, image, path=("image",), **_size_keys(image, f"{prefix}img/pos_embedding"))
     text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)

@@ -29,6 +29,7 @@ from vlm_jax.checkpoints.verification import check_stored, stored_shapes
 from vlm_jax.config import read_json
 from vlm_jax.leaves import flatten
 from vlm_jax.paths import absolute, is_remote
+from vlm_jax.pretrained.big_vision_paligemma import completed
 from vlm_jax.pretrained.family import Description, Family, marker
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.module_names import MODULE_NAMES
@@ -178,6 +179,7 @@ def _described(path: Path, families: Mapping[str, Family]) -> tuple[Path, Fields
     path, own = recognised(path, None)
     family = choose_family(own, families)
     config, release = with_named_tower(own, open_release(path), folder)
+    config = completed(config, release)
     check_tensors(config, release, folder)
     description = family(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
     return folder, None if config == own else config, release, description

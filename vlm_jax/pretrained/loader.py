@@ -20,6 +20,7 @@ from vlm_jax.checkpoints.peft import with_adapter
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.paths import absolute
+from vlm_jax.pretrained.big_vision_paligemma import completed
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import Description, Family, PretrainedError, Resize, marker
@@ -179,6 +180,7 @@ def _opened(
     path, config = recognised(path, config)
     family = choose_family(config, families)
     released, checkpoint = with_named_tower(copy.deepcopy(config), open_release(path), folder)
+    released = completed(released, checkpoint)
     check_tensors(released, checkpoint, folder)
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, fetch(adapter), MODULE_NAMES.get(marker(released), ()))

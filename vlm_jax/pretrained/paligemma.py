@@ -7,6 +7,7 @@ from vlm_jax.checkpoints.maps.clip import siglip_tower_rules
 from vlm_jax.checkpoints.maps.torch_layers import linear
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
+from vlm_jax.pretrained.big_vision_paligemma import MODEL_NAME, is_paligemma
 from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
@@ -36,6 +37,11 @@ def describe(
     Visual tokens enter the decoder as the projection gives them: embedded text alone is scaled.
     """
     where, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
+    if is_paligemma(checkpoint):
+        raise PretrainedError(
+            f"{where}: the config is one of transformers, but the tensors have names of big_vision; pass "
+            f"config=dict(model_name='{MODEL_NAME}')"
+        )
     settings = with_defaults(config, DEFAULTS, where)
     section = {"model_type": "siglip_vision_model", **settings["vision_config"]}
     check_supported(section, {"model_type": ("siglip_vision_model",)}, f"{where}.vision_config")

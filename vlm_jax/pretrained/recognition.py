@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm_jax.checkpoints.hub import CheckpointFileError, read_config
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config
 from vlm_jax.checkpoints.rules import SourceTensor
 from vlm_jax.config import read_json
+from vlm_jax.pretrained.big_vision_paligemma import MODEL_NAME, is_paligemma
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.released_json import DEPTHS, SECTIONS, check_released
 from vlm_jax.types import Config, Fields
@@ -53,7 +54,7 @@ def recognised(path: Path, config: Config | None) -> tuple[Path, Fields]:
             f"{path}: GGUF files are not read; load the release's safetensors, or convert it once: "
             "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW) of transformers"
         )
-    if config is None:
+    if config is None and (config := _told_by_names(path)) is None:
         own = (folder / "config.json").exists() or not (folder / OPEN_CLIP_CONFIG).exists()
         config = read_config(folder) if own else read_config(folder, name=OPEN_CLIP_CONFIG)
         if not own and path.is_dir() and (folder / OPEN_CLIP_WEIGHTS).exists():
@@ -82,6 +83,28 @@ def check_tensors(config: Config, checkpoint: Mapping[str, SourceTensor], folder
                 f"{folder}: config.json: {name}: expected at most {most} layers, for a checkpoint of {len(checkpoint)} "
                 f"tensors, got {depth}"
             )
+
+
+def _told_by_names(path: Path) -> Fields | None:
+    """The config of an `.npz` of PaliGemma, which is released without one; None for what has a config, or needs it.
+
+    Raises:
+      CheckpointFileError: an `.npz` of another model without a config.
+    """
+    folder = path if path.is_dir() else path.parent
+    if any((folder / name).exists() for name in ("config.json", OPEN_CLIP_CONFIG)):
+        return None
+    if path.suffix != ".npz" and not any(one.suffix == ".npz" for one in folder.iterdir()):
+        return None
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.archive:
+        return None
+    if is_paligemma(checkpoint):
+        return {"model_name": MODEL_NAME}
+    raise CheckpointFileError(
+        f"{folder / 'config.json'}: no such file, and the names of {Path(checkpoint.origin).name} are not those of "
+        "PaliGemma, the only .npz that needs none; write the release's settings to it, or pass config="
+    )
 
 
 def _check_plain(config: Config, folder: Path) -> None:

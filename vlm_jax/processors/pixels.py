@@ -7,9 +7,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.image import ANTIALIAS, CorruptImage, height_and_width, normalize, resize_in_fixed_point
+from vlm_jax.processors.naflex import interpolate
 from vlm_jax.processors.thin import MAX_LENGTH, Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
+
+_TENSORFLOW: dict[Image.Resampling, ResizeKind] = {Image.Resampling.BILINEAR: "bilinear_antialias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +25,14 @@ class Pixels:
       std: per channel, divides the result.
       resample: Pillow's filter.
       as_torch: resizes like torch for 8-bit pixels, with the filter of that name; else by Pillow.
+      as_tensorflow: the same like TensorFlow, with antialiasing, and truncates: the preprocessing of big_vision.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resample: Image.Resampling = Image.Resampling.BICUBIC
     as_torch: bool = False
+    as_tensorflow: bool = False
 
     @property
     def channels(self) -> int:
@@ -49,6 +55,9 @@ class Pixels:
             return picture
         if min(size) < 1:
             raise CorruptImage(f"a picture of {picture.height}x{picture.width} pixels is too thin for these views")
+        if self.as_tensorflow:
+            pixels = interpolate(self.array(picture), size, _TENSORFLOW[self.resample])
+            return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         in_parts = is_large((size[1], picture.height), picture)  # after the first pass
         if self.resample in ANTIALIAS and (in_parts or max(picture.size) > MAX_LENGTH):
             rows, columns = (

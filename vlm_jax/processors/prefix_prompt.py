@@ -25,6 +25,7 @@ class PrefixPrompt:
       tokenizer: with the names `bos_token` and `eos_token`; texts are encoded with its special tokens.
       image: the placeholder token of visual tokens; a text that has it has an image there.
       separator: text after the question.
+      image_id: id at the positions of visual tokens; that of `image` when None. For a vocabulary without it.
 
     Source: Beyer et al. 2024 (PaliGemma), section 3.2 and figure 2; transformers, models/paligemma,
     processing_paligemma.py.
@@ -33,6 +34,7 @@ class PrefixPrompt:
     tokenizer: Tokenizer
     image: str = "<image>"
     separator: str = "\n"
+    image_id: int | None = None
 
     independent_turns = False
 
@@ -75,7 +77,8 @@ class PrefixPrompt:
         bos, eos = (names.get(f"{role}_token", f"<{role}>") for role in ("bos", "eos"))
         self.tokenizer.id_of(bos)
         *before, question = self._parts(messages[0])
-        slot = Slot("image", self.tokenizer.id_of(self.image), group=PREFIX)
+        index = self.tokenizer.id_of(self.image) if self.image_id is None else self.image_id
+        slot = Slot("image", index, group=PREFIX)
         pieces: list[Text | Slot] = []
         for text in before:
             pieces += [self._text(text, group=PREFIX), slot] if text else [slot]

@@ -21,8 +21,11 @@ from vlm_jax.processors.vocabulary import (
 from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
-SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "paligemma_tokenizer.model")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "paligemma_tokenizer.model"),
+    "vocab.json with merges.txt",
+)
 # Defaults of tokenizer classes for settings missing in files, by the SentencePiece model's names of the start
 # and the end of a text. transformers, models/{llama,siglip,gemma}/tokenization_*.py.
 SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], Fields] = {

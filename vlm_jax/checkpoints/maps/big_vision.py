@@ -1,4 +1,4 @@
-"""Vision and text towers under the names of vision_transformer and of big_vision, parts separated by `/`.
+"""Towers and Gemma under the names of vision_transformer and of big_vision, parts separated by `/`.
 
 Both have a separate head axis in attention (`[width, heads, head_dim]`). vision_transformer numbers
 all layers of a block consecutively (`LayerNorm_0`, `MultiHeadDotProductAttention_1`, ..), big_vision each kind
@@ -8,7 +8,7 @@ from 0, and where big_vision scans over depth, its blocks are already stacked.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vlm_jax.checkpoints.ops import Chain, Each, Op, Reshape, Split
+from vlm_jax.checkpoints.ops import Chain, Each, Op, Reshape, Split, Transpose
 from vlm_jax.checkpoints.rules import Rule
 
 
@@ -17,6 +17,17 @@ class Sizes(NamedTuple):
 
     width: int
     num_heads: int
+
+
+class GemmaSizes(NamedTuple):
+    """Sizes of Gemma or Gemma 2: residual width, blocks, width of the feed-forward, heads and their width."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 BIG_VISION = {"attention_norm": "LayerNorm_0", "attention": "MultiHeadDotProductAttention_0",
@@ -137,6 +148,56 @@ def text_rules(sizes: Sizes, context_length: int, *, scanned: bool) -> tuple[Rul
 def two_tower_rules() -> tuple[Rule, ...]:
     """Temperature (stored as a logarithm) and bias."""
     return (Rule("t", "log_scale", Reshape((1,), ())), Rule("b", "bias", Reshape((1,), ())))
+
+
+def gemma_rules(sizes: GemmaSizes, *, post_norms: bool, scanned: bool) -> tuple[Rule, ...]:
+    """Gemma, or with `post_norms` Gemma 2, whose table is also the head; targets are those of a `Transformer`.
+
+    Args:
+      sizes: of the model.
+      post_norms: whether the outputs of attention and feed-forward have norms too.
+      scanned: whether the release stacks its blocks.
+
+    Source: big_vision, models/ppp/gemma.py.
+    """
+    width, depth, mlp_dim, heads, kv_heads, head_dim = sizes
+    lead = (depth,) if scanned else ()
+    axis = len(lead)  # the first one of a block's own
+    source, target = "layers" if scanned else "layers/{layer}", "blocks/layers"
+
+    def pair(parts: int, *shape: int) -> Op:
+        """Divides [parts, *shape] of a block into `parts` arrays of `shape`."""
+        return Chain(Split(axis, (1,) * parts), Reshape((*lead, 1, *shape), (*lead, *shape)))
+
+    def into(count: int) -> Op:
+        """[heads, width, head_dim] of a block -> [width, heads * head_dim]."""
+        swapped = Transpose((*range(axis), axis + 1, axis, axis + 2))
+        return Chain(swapped, Reshape((*lead, width, count, head_dim), (*lead, width, count * head_dim)))
+
+    query, key, value = (f"{target}/attention/{name}/kernel" for name in ("query", "key", "value"))
+    if heads == kv_heads:
+        all_three = Chain(pair(3, heads, width, head_dim), into(heads))
+        attention = [Rule(f"{source}/attn/qkv_einsum/w", (query, key, value), all_three)]
+    else:
+        both = Chain(pair(2, kv_heads, width, head_dim), into(kv_heads))
+        attention = [
+            Rule(f"{source}/attn/q_einsum/w", query, into(heads)),
+            Rule(f"{source}/attn/kv_einsum/w", (key, value), both),
+        ]
+    norms = {"pre_attention_norm": "attention_norm", "pre_ffw_norm": "mlp_norm"}
+    if post_norms:
+        norms |= {"post_attention_norm": "attention_post_norm", "post_ffw_norm": "mlp_post_norm"}
+    out = Reshape((*lead, heads, head_dim, width), (*lead, heads * head_dim, width))
+    gates = (f"{target}/mlp/gate/kernel", f"{target}/mlp/up/kernel")
+    return (
+        Rule("embedder/input_embedding", "embedding/embedding"),
+        *attention,
+        Rule(f"{source}/attn/attn_vec_einsum/w", f"{target}/attention/out/kernel", out),
+        Rule(f"{source}/mlp/gating_einsum", gates, pair(2, width, mlp_dim)),
+        Rule(f"{source}/mlp/linear", f"{target}/mlp/down/kernel"),
+        *(Rule(f"{source}/{theirs}/scale", f"{target}/{ours}/scale") for theirs, ours in norms.items()),
+        Rule("final_norm/scale", "final_norm/scale"),
+    )
 
 
 def vision_transformer_rules(sizes: Sizes, num_positions: int, *, class_token: bool) -> tuple[Rule, ...]:

@@ -18,6 +18,7 @@ from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.plugins import Registry, lacking_of_function
+from vlm_jax.pretrained.big_vision_paligemma import MARKER
 from vlm_jax.pretrained.family import PretrainedError, marker, system_section, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
@@ -78,6 +79,7 @@ def _llava(folder: Folder, config: Config) -> Processor:
 # Model type of a released config (`family.marker`) -> function that creates its processor.
 _CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "DeepseekOCR2": deepseek_ocr2.processor_release,
+    MARKER: paligemma.processor_big_vision,
     "LLaVAOneVision1_5_text": text.processor,
     "deepseek_v2": text.processor,
     "deepseek_ocr": deepseek_ocr.processor,
