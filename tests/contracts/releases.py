@@ -134,6 +134,17 @@ _PALIGEMMA = {
     "model.multi_modal_projector.linear.weight": (1, 1),
     "model.language_model.embed_tokens.weight": (1, 1),
 }
+_BIG_VISION = {  # tensors that tell the sizes
+    "img/embedding/kernel": (4, 4, 3, 16),
+    "img/pos_embedding": (1, 16, 16),
+    "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": (3, 16, 24),
+    "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel": (3, 16, 2, 8),
+    "llm/embedder/input_embedding": (VOCABULARY, 32),
+    "llm/layers/mlp/linear": (3, 24, 32),
+    "llm/layers/attn/q_einsum/w": (3, 4, 32, 8),
+    "llm/layers/attn/kv_einsum/w": (3, 2, 2, 32, 8),
+    "llm/layers/post_attention_norm/scale": (3, 32),
+}
 _GEMMA4 = {
     "model.vision_tower.patch_embedder.position_embedding_table": (2, 1, 1),
     "model.embed_vision.embedding_projection.weight": (1, 1),
@@ -362,6 +373,10 @@ FOLDERS = {
         names=_PALIGEMMA,
         added=("<image>",),
         files={"preprocessor_config.json": {"size": {"height": 16, "width": 16}, "image_seq_length": 16}},
+    ),
+    "paligemma_big_vision": Folder(
+        {"model_name": "proj.paligemma.paligemma"},
+        names={f"params/{name}": shape for name, shape in _BIG_VISION.items()},
     ),
     "gemma4": Folder(
         {

@@ -75,6 +75,7 @@ TOKENS = {
     "ovis2": (9, 1),
     "ovis2_5": (6, 1),
     "paligemma": (16, 1),
+    "paligemma_big_vision": (16, 1),
     "prismatic": (16, 1),
     "qwen": (9, 1),
     "qwen2_5_omni": (10, 1),
