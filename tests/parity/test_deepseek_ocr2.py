@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 
 import vlm_jax
+from vlm_jax.generation.sampling import Sampling
 
 from .processors import same_wholes_and_tiles, tokenizer
 from .systems import SAM, TEXT, calmed, randomised
@@ -100,3 +101,19 @@ def test_the_release_from_an_image_to_an_answer(pair, size):
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     answer = ours.generate(QUESTION, [picture], max_new_tokens=8)
     assert list(answer.tokens) == said[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_ngrams_are_repeated_unless_asked(pair):
+    """The release's `infer` asks `generate` for 20, without a window; its files and those for transformers do not."""
+    processor, model, ours = pair
+    picture = Image.new("RGB", (512, 768), "gray")
+    inputs = processor(images=picture, text="<image>\nFree OCR.", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert ours.system.sampling == Sampling()
+    found = {}
+    for size in (0, 2):
+        sampling = Sampling(no_repeat_ngram=size) if size else None
+        found[size] = list(ours.generate(QUESTION, [picture], max_new_tokens=12, sampling=sampling).tokens)
+        said = model.generate(**inputs, **options, no_repeat_ngram_size=size)
+        assert found[size] == said[0, inputs["input_ids"].shape[1] :].tolist()
+    assert found[0] != found[2]

@@ -249,7 +249,7 @@ def test_answers_of_a_ragged_batch(system):
 
 
 @pytest.mark.parametrize("size", (1, 2))
-@pytest.mark.parametrize("system", (llava,), indirect=True, ids=lambda made: made.__name__)
+@pytest.mark.parametrize("system", (llava, deepseek_ocr2), indirect=True, ids=lambda made: made.__name__)
 def test_ngrams_of_a_folder_are_not_repeated(system, size, tmp_path):
     """The placeholders of images are tokens of the prompt too."""
     messages, images, _ = INPUTS["two images"]
