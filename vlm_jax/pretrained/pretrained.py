@@ -32,7 +32,7 @@ from vlm_jax.processors.processor import check_continuations
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.sharding.rules import mesh_of
+from vlm_jax.sharding.rules import in_mesh, mesh_of
 from vlm_jax.system import System
 from vlm_jax.types import Batch, Config, Fields, ImageTextBatch, Params, Tree
 
@@ -150,7 +150,7 @@ class Pretrained:
                 )
             return found
 
-        return jax.jit(run)
+        return in_mesh(jax.jit(run), mesh_of(self.params))
 
     def encode_images(self, images: Sequence[Picture]) -> Float[Array, "B E"]:
         """Float32 embeddings of images by the image tower, not normalised, compiled once per number of images."""
@@ -170,7 +170,9 @@ class Pretrained:
         def encode(method: str, params: Params, given: Tree) -> jax.Array:
             return jnp.asarray(self.module.apply({"params": params}, given, method=method), jnp.float32)
 
-        return {name: jax.jit(functools.partial(encode, name)) for name in ("encode_image", "encode_text")}
+        mesh = mesh_of(self.params)
+        names = ("encode_image", "encode_text")
+        return {name: in_mesh(jax.jit(functools.partial(encode, name)), mesh) for name in names}
 
     @property
     def labels(self) -> tuple[str, ...]:
