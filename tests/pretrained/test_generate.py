@@ -108,6 +108,17 @@ def test_logits_over_devices_as_on_one(folder, model, monkeypatch):
     assert meshes == [mesh.abstract_mesh]
 
 
+def test_a_mesh_that_shards_the_sequence_is_refused(folder, model):
+    mesh = make_mesh(MeshSettings(data=4, context=2))
+    shared, expected = vlm_jax.from_pretrained(folder, mesh=mesh), model.generate(ASKED, max_new_tokens=3)
+    with pytest.raises(GenerationError, match="mesh: generation does not shard the sequence; expected context=1"):
+        shared.generate(ASKED, max_new_tokens=3)
+    # An evaluation in training goes on without the mesh.
+    options = {"max_new_tokens": 3, "names": ["prompt"]}
+    (answer,) = model.system.complete(shared.params, model.processor(ASKED), **options)
+    assert answer == expected
+
+
 def test_errors(folder, model, tmp_path):
     with pytest.raises(TokenizerError, match=r"no token '<ent>'; did you mean '<end>'\?"):
         model.generate(ASKED, max_new_tokens=3, stop_tokens=["<ent>"])

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import Checkpoint
 from vlm_jax.checkpoints.release import Release
+from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.likelihood import Likelihood
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.generation.text import Completion, check_function, check_strings
@@ -182,7 +183,7 @@ class Pretrained:
     @functools.cached_property
     def _laid_out(self) -> Params:
         """The parameters in the layout for generation, cached; on a CPU with a second copy of the decoder's kernels."""
-        return self.system.prepared(self.params)
+        return prepared(self.params, mesh_of(self.params))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -225,7 +226,8 @@ class Pretrained:
           **options: arguments of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
 
         Raises:
-          GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
+          GenerationError: a setting outside its range, a prompt that does not fit, parameters on a mesh that shards the
+            sequence, or NaN logits.
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
           ChatTemplateError: no template in the folder, or messages that it rejects.
         """
@@ -249,6 +251,7 @@ class Pretrained:
             processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
             stop=stop,
             sampling=sampling,
+            mesh=mesh_of(self.params),
             **options,
         )
         return answer
