@@ -187,6 +187,8 @@ def test_every_question_of_a_conversation_can_be_asked_with_what_is_before_it(tm
     assert [sample.references for sample in samples] == [(), (), ("3", "three"), ()]
     named = [(sample.sample_id, sample.answer) for sample in samples]
     assert list(asked.references(seed=0)) == named
+    assert [sample.answer for sample in asked.evaluation(seed=0, stream="captions")] == ["3", "1"]
+    assert [answer for _, answer in asked.references(seed=0, stream="captions")] == ["3", "1"]
     last = list(dataclasses.replace(source.settings).open(TOOLS).evaluation(seed=0))
     assert [(sample.sample_id.split(":")[1], sample.answer) for sample in last] == [("c", "3"), ("d", "1")]
     for number in (3, 4, 5):

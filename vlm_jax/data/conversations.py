@@ -77,7 +77,7 @@ class Conversations:
       max_pixels: height * width above which an image counts as corrupt.
       evaluation_size: records to evaluate, sampled by the seed; None for all.
       evaluation_turns: which questions of a conversation are asked, `last` or `all`, each after the record's answers to
-        those before it.
+        those before it; of the stream `questions` alone.
       max_checked: records of a file that are checked when it is opened, evenly spread over it; the others when they are
         read.
     """
@@ -366,9 +366,8 @@ class ConversationSource:
         """
         _check_stream(stream)
         count, size = len(self.evaluation_records), self.settings.evaluation_size
-        return EvaluationSamples(
-            self.evaluation_records, random_indices(count, size, seed), self.settings.evaluation_turns
-        )
+        turns = self.settings.evaluation_turns if stream == "questions" else "last"
+        return EvaluationSamples(self.evaluation_records, random_indices(count, size, seed), turns)
 
     def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
         """As `Source.references`."""
