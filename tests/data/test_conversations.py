@@ -198,6 +198,25 @@ def test_every_question_of_a_conversation_can_be_asked_with_what_is_before_it(tm
     assert [next(questions.start_at(number)).answer for number in range(4)] == ["1", "2", "3", "1"]
 
 
+def test_answers_that_are_not_learned_are_context_of_the_questions_that_are_asked(tmp_path):
+    source = opened(tmp_path, num_images=None)
+
+    def turn(question, answer, **further):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **further}]
+
+    shot, asked = [*turn("a", "1"), {"role": "user", "content": "b"}], [{"role": "assistant", "content": "2"}]
+    lines = [
+        {"id": "few", "prompt": shot, "completion": asked},
+        {"id": "own", "messages": [*turn("a", "1", loss=False), *turn("b", "2"), *turn("c", "3", weight=0)]},
+        {"id": "zero", "messages": [*turn("a", "1", weight=0.0), *turn("b", "2", weight=0.5), *turn("c", "3")]},
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    samples = list(dataclasses.replace(source.settings, evaluation_turns="all").open(TOOLS).evaluation(seed=0))
+    named = [(sample.sample_id.split(":")[1], sample.answer) for sample in samples]
+    assert named == [("few", "2"), ("own#1", "2"), ("own#2", "3"), ("zero#1", "2"), ("zero#2", "3")]
+    assert [len(sample.messages) for sample in samples] == [4, 4, 6, 4, 6]
+
+
 def test_the_last_answer_of_a_conversation_is_the_reference_and_the_rest_its_prompt(tmp_path):
     source = opened(tmp_path)
     turns = [("system", "be brief"), ("human", "<image>\nx"), ("gpt", "1"), ("human", "<image>"), ("gpt", "2")]

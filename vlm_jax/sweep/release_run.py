@@ -59,7 +59,7 @@ class ReleaseEvaluation:
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
       turns: which questions of a conversation are asked, `last` or `all`, each after the record's own answers to those
-        before it.
+        before it; see `data.conversations.answers_of`.
       tasks: allowed values of a record's `task`; the first is the default.
       metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
       parquet: whether the answers of a point are also written as `answers.parquet`.
