@@ -465,6 +465,7 @@ def _up_to(record: Record, sample: Sample, number: int) -> Fields:
         "images": sample.images[: items.count("image")],
         "videos": sample.videos[: items.count("video")],
         "references": sample.references if number == len(sample.messages) - 1 else (),
+        "whole": sample,
     }
 
 
