@@ -242,9 +242,9 @@ Golden arrays are outputs of the official implementations (`tests/golden`). Live
 `transformers`, saved and loaded here (`tests/parity`): from a conversation to the answer, compared with its own
 processor, the ids are equal, pixels within 1e-5, logits within 1e-4 of the largest, and 32 greedy ids equal, for text,
 one image, two, and a video; "and back" means that `transformers` reads the output of `save_pretrained` and gives the
-same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni, Qwen3-VL, InternVL,
-SmolVLM, LLaVA-OneVision), as frames and, but for the last, as files that PyAV decodes for both; frames are resized with
-torch's rounding, which differs from Pillow's.
+same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni, Qwen3-VL, Qwen3.5,
+Gemma 4, InternVL, SmolVLM, LLaVA-OneVision), as frames and, except for Qwen3.5, Gemma 4 and LLaVA-OneVision, as files
+that PyAV decodes for both; frames are resized with torch's rounding, which differs from Pillow's.
 
 A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
 c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.

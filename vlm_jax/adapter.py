@@ -34,6 +34,7 @@ class LoraSettings:
       rslora: multiplies by alpha / sqrt(rank) instead.
       target: patterns of paths of kernels or of modules, as in `leaves.matches`: "decoder/*/attention",
         "encoder", "connector/mlp/up/kernel". Only linear layers have adapters, the head that gives logits has none.
+        In a `hybrid` decoder (Qwen3.5) three of four layers have "decoder/*/delta" in place of an attention.
 
     Source: Hu et al. 2022 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), definition 3.1.
     """

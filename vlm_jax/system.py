@@ -196,8 +196,9 @@ class System:
           names: names of the conversations in errors.
           **options: `end_ids`, tokens that end an answer in addition to `ends`; `sampling`, by default that of
             the property of this name; `on_text`, called with the index of a
-            conversation and each piece of its answer as it is generated; other arguments of
-            `generation.text.complete` and `generation.engine.generate`.
+            conversation and each piece of its answer as it is generated; `mesh`, by default that of the parameters,
+            or None where it shards the sequence; other arguments of `generation.text.complete` and
+            `generation.engine.generate`.
 
         Raises:
           GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
@@ -227,8 +228,7 @@ class System:
             max_new_tokens=max_new_tokens,
             names=names,
             sampling=self.sampling if sampling is None else sampling,
-            mesh=generation_mesh(params),
-            **options,
+            **{"mesh": generation_mesh(params), **options},
         )
         for answer, entering in zip(answers, np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1), strict=True):
             if answer.visual_tokens and answer.visual_tokens[0] != entering:
@@ -262,7 +262,7 @@ class System:
         given = {"continuations": continuations, **(processor_options or {})}
         batch = self.processor.batch(conversations, images, videos, **given)
         names = names or [f"conversation {number}" for number in range(len(conversations))]
-        return log_likelihoods(self.model, params, batch, names=names, mesh=generation_mesh(params), **options)
+        return log_likelihoods(self.model, params, batch, names=names, mesh=mesh_of(params), **options)
 
     def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids in the model's vocabulary; a folder may list others."""

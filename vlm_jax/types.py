@@ -638,6 +638,7 @@ class Sample:
       videos: a path or the bytes of each video file, in the order of their items.
       rejected: the conversation to which `messages` is preferred, with the same images; empty without one.
       references: all right answers to the last question, where there are several to compare with; else empty.
+      whole: the sample of the whole conversation, of which this is the part up to an answer; None of other samples.
     """
 
     sample_id: str
@@ -647,6 +648,7 @@ class Sample:
     videos: tuple[str | bytes, ...] = ()
     rejected: tuple[Message, ...] = ()
     references: tuple[str, ...] = ()
+    whole: "Sample | None" = None
 
     @property
     def question(self) -> str:

@@ -107,6 +107,46 @@ def test_boxes_are_drawn_into_a_folder(given, opened, tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), pixels)  # an answer without boxes
 
 
+class Loaded(Exception):
+    """The weights of a release would be read."""
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    def load(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(vlm_jax, "from_pretrained", load)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("no_repeat_window", 90), ("no_repeat_except", ["<td>"])])
+def test_flags_of_repeated_ngrams_need_their_size_before_weights_are_read(given, opened, unread, flag, value):
+    generate = opened("generate")
+    told = tried("--{}: only with --no_repeat_ngram_size; add it, or omit the flag")
+    for size in (None, 0):
+        given(generate, CHECKPOINT="release", PROMPT="d", NO_REPEAT_NGRAM_SIZE=size, **{flag.upper(): value})
+        with pytest.raises(app.UsageError, match=told) as error:
+            generate.main(["generate"])
+        assert str(error.value).startswith(f"--{flag}: ")
+    given(generate, NO_REPEAT_NGRAM_SIZE=30)
+    with pytest.raises(Loaded):
+        generate.main(["generate"])
+    given(generate, **{"NO_REPEAT_NGRAM_SIZE": None, flag.upper(): None})
+    with pytest.raises(Loaded):
+        generate.main(["generate"])
+
+
+def test_batches_of_a_server_are_counted_before_weights_are_read(given, opened, unread, capsys):
+    serve = opened("serve")
+    given(serve, RELEASE="release", MESH="tensor:4", NUM_BATCHES=2)
+    with pytest.raises(SystemExit):
+        serve.main(["serve"])
+    assert "--num_batches: expected 1 on the 8 devices of --mesh, got 2" in capsys.readouterr().err
+    given(serve, NUM_BATCHES=1)
+    with pytest.raises(Loaded):
+        serve.main(["serve"])
+
+
 def test_only_a_release_with_its_own_parts_is_exported(given, opened, tmp_path, monkeypatch):
     train = opened("train")
     told = tried("--export: a run without config.release has no released format; omit the flag")

@@ -14,6 +14,7 @@ from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.record_files import Rules, open_records
 from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.evals.vqa import group_of
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.questions import Questions
 from vlm_jax.types import VideoSize, images_of, text_of
@@ -187,13 +188,39 @@ def test_every_question_of_a_conversation_can_be_asked_with_what_is_before_it(tm
     assert [sample.references for sample in samples] == [(), (), ("3", "three"), ()]
     named = [(sample.sample_id, sample.answer) for sample in samples]
     assert list(asked.references(seed=0)) == named
+    assert [sample.answer for sample in asked.evaluation(seed=0, stream="captions")] == ["3", "1"]
+    assert [answer for _, answer in asked.references(seed=0, stream="captions")] == ["3", "1"]
+    groups = [group_of(sample) for sample in samples]  # those of whole records, as where only the last one is asked
+    assert len(set(groups[:3])) == 1 and groups[3] != groups[0]
     last = list(dataclasses.replace(source.settings).open(TOOLS).evaluation(seed=0))
+    assert [group_of(sample) for sample in last] == groups[2:]
     assert [(sample.sample_id.split(":")[1], sample.answer) for sample in last] == [("c", "3"), ("d", "1")]
     for number in (3, 4, 5):
         Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "images" / f"test{number}", "PNG")
     questions = Questions(str(tmp_path / "test.jsonl"), 3, RateSampler(), turns="all")
     assert list(questions.references()) == named and len(questions) == 4
     assert [next(questions.start_at(number)).answer for number in range(4)] == ["1", "2", "3", "1"]
+
+
+def test_answers_that_are_not_learned_are_context_of_the_questions_that_are_asked(tmp_path):
+    source = opened(tmp_path, num_images=None)
+
+    def turn(question, answer, **further):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **further}]
+
+    shot, asked = [*turn("a", "1"), {"role": "user", "content": "b"}], [{"role": "assistant", "content": "2"}]
+    lines = [
+        {"id": "few", "prompt": shot, "completion": asked},
+        {"id": "own", "messages": [*turn("a", "1", loss=False), *turn("b", "2"), *turn("c", "3", weight=0)]},
+        {"id": "zero", "messages": [*turn("a", "1", weight=0.0), *turn("b", "2", weight=0.5), *turn("c", "3")]},
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    samples = list(dataclasses.replace(source.settings, evaluation_turns="all").open(TOOLS).evaluation(seed=0))
+    named = [(sample.sample_id.split(":")[1], sample.answer) for sample in samples]
+    assert named == [("few", "2"), ("own#1", "2"), ("own#2", "3"), ("zero#1", "2"), ("zero#2", "3")]
+    assert [len(sample.messages) for sample in samples] == [4, 4, 6, 4, 6]
+    # Without pictures the record is the group.
+    assert [group_of(sample).split(":")[1] for sample in samples] == ["few", "own", "own", "zero", "zero"]
 
 
 def test_the_last_answer_of_a_conversation_is_the_reference_and_the_rest_its_prompt(tmp_path):

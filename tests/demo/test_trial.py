@@ -18,9 +18,12 @@ from vlm_jax.demo.comparison import comparison
 from vlm_jax.demo.kept import kept_boxes, kept_tokens
 from vlm_jax.demo.trial import Trial, TrialError, caption
 from vlm_jax.generation.text import Completion
+from vlm_jax.layers.mesh_axes import active_mesh
+from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.mosaic import Mosaic, MosaicViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.serve.service import ServeSettings
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.system import UnsupportedError
 
 QUESTION = "What does the sign say?"
@@ -82,6 +85,23 @@ def test_as_many_tokens_are_kept_as_the_budget_has(model, picture, reducer):
     batch = reduced.system.processor(message(), [picture])
     kept = kept_tokens(reduced.system, model.params, batch)
     assert len(set(kept.tolist())) == 5 and set(kept.tolist()) <= set(range(16))
+
+
+@pytest.mark.parametrize(("reducer", "method"), [("fastv", "hidden"), ("visionzip", "visual_tokens")])
+def test_parameters_on_several_devices_keep_the_same_tokens(model, picture, reducer, method, monkeypatch):
+    """The mesh is set where the model is traced: kernels of a TPU cannot be partitioned without it."""
+    mesh, meshes, original = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2)), [], getattr(VLM, method)
+
+    def noted(*args, **kwargs):
+        meshes.append(active_mesh())
+        return original(*args, **kwargs)
+
+    reduced, shared = model.with_budget(5, reducer=reducer), from_pretrained(model.folder, mesh=mesh)
+    batch = reduced.system.processor(message(), [picture])
+    expected = kept_tokens(reduced.system, model.params, batch)
+    monkeypatch.setattr(VLM, method, noted)
+    assert kept_tokens(reduced.system, shared.params, batch).tolist() == expected.tolist()
+    assert meshes == [mesh.abstract_mesh]
 
 
 def test_what_is_not_drawn_is_not_said_to_be_kept():

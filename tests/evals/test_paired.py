@@ -100,6 +100,8 @@ def test_runs_that_are_the_same_do_not_differ():
 def test_runs_with_other_questions_are_not_compared():
     rows = spelled([1, 2])
     for other in (rows[:1], [rows[0], rows[1] | {"group": "z"}], [rows[0], rows[1] | {"question": "r"}]):
-        with pytest.raises(DifferentQuestions, match=tried("use evaluations of the same data, with the same seed")):
+        with pytest.raises(
+            DifferentQuestions, match=tried("use evaluations of the same data, with the same seed and turns")
+        ):
             differences(rows, other, {})
     assert len(differences(rows, rows[::-1], {})) == 3

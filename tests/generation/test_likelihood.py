@@ -10,7 +10,10 @@ from tests.advice import tried
 from tests.contracts import releases
 from vlm_jax.generation.likelihood import log_likelihoods
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.layers.mesh_axes import active_mesh
+from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.learned import PromptError
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
 PICTURES = np.random.default_rng(0).integers(0, 255, (8, 20, 28, 3), np.uint8)
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
@@ -87,6 +90,24 @@ def test_the_most_likely_first_token_is_greedy(folder):
         jax.nn.log_softmax(logits)[np.asarray([model.tokenizer.encode(text)[0] for text in texts])],
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("settings", [{"data": 4, "context": 2}, {"data": 4, "tensor": 2}])
+def test_over_devices_as_on_one(folder, settings, monkeypatch):
+    """Also of a mesh that shards the sequence, which generation does not."""
+    mesh, meshes, original = make_mesh(MeshSettings(**settings)), [], VLM.hidden
+
+    def noted(*args, **kwargs):
+        meshes.append(active_mesh())
+        return original(*args, **kwargs)
+
+    texts, alone = [" red", " no idea"], vlm_jax.from_pretrained(folder)
+    expected = alone.log_likelihoods(MESSAGES, texts, [PICTURES[0]])
+    monkeypatch.setattr(VLM, "hidden", noted)
+    found = vlm_jax.from_pretrained(folder, mesh=mesh).log_likelihoods(MESSAGES, texts, [PICTURES[0]])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.log_likelihood, other.log_likelihood, rtol=1e-5)
+    assert meshes == [mesh.abstract_mesh]
 
 
 def test_what_is_refused(folder):

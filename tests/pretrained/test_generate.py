@@ -4,12 +4,15 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 import vlm_jax
 from vlm_jax.generation import engine
 from vlm_jax.generation.sampling import GenerationError, Sampling
+from vlm_jax.layers.mesh_axes import active_mesh
 from vlm_jax.layers.per_layer import has_per_layer
+from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
@@ -88,6 +91,32 @@ def test_over_devices_as_on_one(folder, model):
     shared = vlm_jax.from_pretrained(folder, mesh=make_mesh(MeshSettings(data=4, tensor=2)))
     options = {"max_new_tokens": 30, "chunk": 7, "stop": ["xy"]}
     assert shared.generate(ASKED, **options) == model.generate(ASKED, **options)
+
+
+def test_logits_over_devices_as_on_one(folder, model, monkeypatch):
+    """One row, which the mesh does not divide; the mesh is set where the model is traced."""
+    mesh, meshes, original = make_mesh(MeshSettings(data=4, tensor=2)), [], VLM.__call__
+
+    def noted(*args, **kwargs):
+        meshes.append(active_mesh())
+        return original(*args, **kwargs)
+
+    shared, batch = vlm_jax.from_pretrained(folder, mesh=mesh), model.processor(ASKED)
+    expected = model.logits(batch)
+    monkeypatch.setattr(VLM, "__call__", noted)
+    np.testing.assert_allclose(shared.logits(batch), expected, rtol=1e-5, atol=1e-5)
+    assert meshes == [mesh.abstract_mesh]
+
+
+def test_a_mesh_that_shards_the_sequence_is_refused(folder, model):
+    mesh = make_mesh(MeshSettings(data=4, context=2))
+    shared, expected = vlm_jax.from_pretrained(folder, mesh=mesh), model.generate(ASKED, max_new_tokens=3)
+    with pytest.raises(GenerationError, match="mesh: generation does not shard the sequence; expected context=1"):
+        shared.generate(ASKED, max_new_tokens=3)
+    # An evaluation in training goes on without the mesh.
+    options = {"max_new_tokens": 3, "names": ["prompt"]}
+    (answer,) = model.system.complete(shared.params, model.processor(ASKED), **options)
+    assert answer == expected
 
 
 def test_errors(folder, model, tmp_path):

@@ -12,8 +12,11 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from tests.processors.vocabularies import sentencepiece_model
 from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.layers.mesh_axes import active_mesh
+from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.system import UnsupportedError
 
 from ..advice import tried
@@ -194,3 +197,19 @@ def test_open_clip_at_a_size_asked_for_at_load(tmp_path, picture):
     assert asked.processor([picture]).images.shape == (1, 48, 48, 3)
     asked.save_pretrained(tmp_path / "saved")
     assert vlm_jax.from_pretrained(tmp_path / "saved").processor([picture]).images.shape == (1, 48, 48, 3)
+
+
+def test_towers_over_devices_as_on_one(picture, monkeypatch):
+    """Three pictures, which the mesh does not divide; it is set where the tower is traced."""
+    mesh, meshes, original = make_mesh(MeshSettings(data=4, tensor=2)), [], TwoTower.encode_image
+
+    def noted(*args, **kwargs):
+        meshes.append(active_mesh())
+        return original(*args, **kwargs)
+
+    pictures = [picture, picture.transpose(Image.Transpose.ROTATE_90), picture.transpose(Image.Transpose.ROTATE_180)]
+    expected = vlm_jax.from_pretrained(DATA / "open_clip_vit").encode_images(pictures)
+    monkeypatch.setattr(TwoTower, "encode_image", noted)
+    found = vlm_jax.from_pretrained(DATA / "open_clip_vit", mesh=mesh).encode_images(pictures)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert meshes == [mesh.abstract_mesh]

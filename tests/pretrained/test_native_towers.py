@@ -56,12 +56,24 @@ def test_the_defaults_of_the_released_classes():
     [
         ({"hidden_act": "relu"}, "vision_config.hidden_act: expected .*, got 'relu'"),
         ({"patch_size": [14, 16]}, r"vision_config.patch_size: expected a square, got \[14, 16\]"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type: expected 'axial', got 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.rope_type: expected 'axial' or 'default', got 'yarn'",
+        ),
     ],
 )
 def test_settings_that_nothing_computes_are_refused(change, message):
     with pytest.raises(PretrainedError, match=message):
         qwen2_5_visual({**QWEN2_5, **change}, "vision_config")
+
+
+@pytest.mark.parametrize("visual", [qwen2_visual, qwen2_5_visual])
+def test_default_positions_of_a_tower_are_axial(visual):
+    """As in transformers, whose older files have this name."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    assert visual({**QWEN2_5, **rope}, "vision_config") == visual(QWEN2_5, "vision_config")
+    other = visual({**QWEN2_5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}, "vision_config")
+    assert other[0].rope_theta == 5e3
 
 
 def test_settings_without_which_there_is_no_size_are_asked_for():

@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.topology import open_topology
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh, parse_generation_mesh
+from vlm_jax.sharding.mesh import MeshSettings, make_generation_mesh, make_mesh, parse_generation_mesh
 
 from ..advice import tried
 
@@ -90,7 +90,7 @@ def test_sizes_that_do_not_fit_are_named(sizes, message):
     ],
 )
 def test_a_mesh_in_words(text, expected):
-    assert parse_generation_mesh(text, "--mesh").devices.shape == expected
+    assert make_generation_mesh(text, "--mesh").devices.shape == expected
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,16 @@ def test_a_mesh_in_words(text, expected):
 )
 def test_words_that_name_no_mesh(text, message):
     with pytest.raises(ConfigError, match="--mesh") as error:
-        parse_generation_mesh(text, "--mesh")
+        make_generation_mesh(text, "--mesh")
     assert message in str(error.value)
+
+
+def test_words_are_read_where_the_devices_are_not():
+    assert parse_generation_mesh("tensor:16", "--mesh") == MeshSettings(data=-1, tensor=16)
+    assert parse_generation_mesh("tensor:-1", "--mesh") == MeshSettings(data=1, tensor=-1)
 
 
 def test_generation_does_not_shard_the_sequence():
     with pytest.raises(ConfigError, match=tried("leave {context} out, got '{}'")):
         parse_generation_mesh("context:2,tensor:4", "--mesh")
-    assert parse_generation_mesh("tensor:4", "--mesh").shape["context"] == 1
+    assert make_generation_mesh("tensor:4", "--mesh").shape["context"] == 1

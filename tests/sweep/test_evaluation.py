@@ -18,6 +18,7 @@ from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.executor import LocalExecutor
 from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.frontier import REQUIRED
 from vlm_jax.sweep.questions import Questions
@@ -29,11 +30,12 @@ from .releases import MAX_NEW_TOKENS, VISUAL_TOKENS, conversation
 
 @pytest.fixture(scope="module")
 def evaluation(released):
-    def make(workdir, console=None, **changes):
+    def make(workdir, console=None, executor=None, **changes):
         settings = {"reducers": ("none", "fastv", "pool"), "budgets": (4,), "batch_size": 2}
         settings |= {"max_new_tokens": MAX_NEW_TOKENS, **changes}
         console = rich.console.Console(file=console or io.StringIO(), width=200)
-        return Evaluation(ReleaseEvaluation(str(released[0]), str(released[1]), **settings), workdir, console=console)
+        settings = ReleaseEvaluation(str(released[0]), str(released[1]), **settings)
+        return Evaluation(settings, workdir, console=console, executor=executor)
 
     return make
 
@@ -81,6 +83,22 @@ def test_answers_on_several_devices_are_those_of_one(evaluation, finished, tmp_p
     for label in ("none@released", "fastv@4"):
         assert answers_of(tmp_path / "work", label) == answers_of(finished[0], label)
     assert "--mesh=tensor:2,fsdp:2" in lines(tmp_path / "work" / "results.jsonl")[0]["command"].split()
+
+
+class Elsewhere(LocalExecutor):
+    """An executor whose tasks would have other devices than this process."""
+
+    in_process = False
+
+
+def test_the_mesh_is_of_the_devices_where_points_run(evaluation, tmp_path):
+    evaluated = evaluation(tmp_path / "work", mesh="tensor:16", executor=Elsewhere())
+    assert [point.label for point in evaluated.points] == ["none@released", "fastv@4"]
+    for mesh, message in (("tensor:16", "is not the number of devices, 8"), ("tensr:2", "did you mean 'tensor'?")):
+        with pytest.raises(ConfigError, match="--mesh") as error:
+            evaluation(tmp_path / "work", mesh=mesh)
+        assert message in str(error.value)
+    assert not (tmp_path / "work").exists()
 
 
 def test_answers_behind_a_drop_are_those_of_prompts_without_padding(released, finished):

@@ -72,7 +72,8 @@ NO_REPEAT_NGRAM_SIZE = numbers.define(
     "no_repeat_ngram_size",
     Natural,
     None,
-    "An n-gram of so many tokens is generated once only, prompt included; 0 for no limit; the release's if unset.",
+    "Never generates an n-gram of this size that already occurs in the prompt or the answer; 0 for no limit; the "
+    "release's if unset.",
 )
 NO_REPEAT_WINDOW = numbers.define(
     "no_repeat_window",
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> None:
         folder = epath.Path(absolute(DRAW.value)).parent
         if not folder.is_dir():
             raise app.UsageError(f"--draw: there is no folder {folder}; create it, or name another file")
+    for name, value in (("no_repeat_window", NO_REPEAT_WINDOW.value), ("no_repeat_except", NO_REPEAT_EXCEPT.value)):
+        if value and not NO_REPEAT_NGRAM_SIZE.value:
+            raise app.UsageError(f"--{name}: only with --no_repeat_ngram_size; add it, or omit the flag")
     keep_programs()
     quieten()
     with explained(OSError):

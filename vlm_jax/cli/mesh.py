@@ -3,7 +3,7 @@
 from absl import flags
 from jax.sharding import Mesh
 
-from vlm_jax.sharding.mesh import parse_generation_mesh
+from vlm_jax.sharding.mesh import make_generation_mesh
 
 
 def define() -> flags.FlagHolder[str | None]:
@@ -12,7 +12,8 @@ def define() -> flags.FlagHolder[str | None]:
         "mesh",
         None,
         "Devices along the axes over which parameters and rows are sharded, such as tensor:4,data:2; -1 takes the "
-        "rest, and so does data where it is not named. One device if unset.",
+        "remaining devices. data, if not named, takes the remaining devices, or is 1 if another axis is -1. One device "
+        "if unset.",
     )
 
 
@@ -20,6 +21,6 @@ def chosen(text: str | None) -> Mesh | None:
     """The mesh of the flag's value; None where it is unset.
 
     Raises:
-      ConfigError: as of `parse_generation_mesh`.
+      ConfigError: as of `make_generation_mesh`.
     """
-    return None if text is None else parse_generation_mesh(text, "--mesh")
+    return None if text is None else make_generation_mesh(text, "--mesh")

@@ -42,7 +42,7 @@ MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 512, "Tokens of an answe
 MAX_LENGTH = numbers.define("max_length", Size, 16384, "Maximum tokens of a prompt with its answer, images included.")
 MAX_BATCH = numbers.define("max_batch", Size, 8, "Maximum answers that are generated together.")
 NUM_BATCHES = numbers.define(
-    "num_batches", Count, None, "Batches that are generated at once; 2 if unset, with --mesh 1, and no more."
+    "num_batches", Count, None, "Batches that are generated at once; 2 if unset; on several devices (--mesh) only 1."
 )
 BATCH_WAIT = numbers.define("batch_wait", NonNegative, 0.01, "Seconds that a request waits for others in its batch.")
 CHUNK = numbers.define("chunk", Count, 8, "Maximum tokens between two pieces of a stream, and until a request leaves.")
@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
             request_seconds=REQUEST_SECONDS.value,
             max_budgets=MAX_BUDGETS.value,
         )
-        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, mesh=mesh.chosen(MESH.value), adapter=ADAPTER.value)
+        devices = mesh.chosen(MESH.value)
+        settings.batches_on(devices)  # before weights are read
+        model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, mesh=devices, adapter=ADAPTER.value)
         service = Service(NAME.value or named(release), model, settings, cache_dtype=CACHE_DTYPE.value)
         logging.getLogger("vlm_jax").info("the model's name is '%s'", service.name)
         config = uvicorn.Config(

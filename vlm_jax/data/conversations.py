@@ -26,7 +26,7 @@ from vlm_jax.data.source import Elements, SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural, Positive
-from vlm_jax.types import Fields, Sample, SampleSizes, VideoSize, images_of, text_of
+from vlm_jax.types import Fields, Message, Sample, SampleSizes, VideoSize, images_of, text_of
 
 Found = TypeVar("Found")
 
@@ -77,7 +77,8 @@ class Conversations:
       max_pixels: height * width above which an image counts as corrupt.
       evaluation_size: records to evaluate, sampled by the seed; None for all.
       evaluation_turns: which questions of a conversation are asked, `last` or `all`, each after the record's answers to
-        those before it.
+        those before it; of the stream `questions` alone. `all` leaves out those with an answer that is not learned
+        (`loss` false, `weight` 0), but for the last one.
       max_checked: records of a file that are checked when it is opened, evenly spread over it; the others when they are
         read.
     """
@@ -366,9 +367,8 @@ class ConversationSource:
         """
         _check_stream(stream)
         count, size = len(self.evaluation_records), self.settings.evaluation_size
-        return EvaluationSamples(
-            self.evaluation_records, random_indices(count, size, seed), self.settings.evaluation_turns
-        )
+        turns = self.settings.evaluation_turns if stream == "questions" else "last"
+        return EvaluationSamples(self.evaluation_records, random_indices(count, size, seed), turns)
 
     def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
         """As `Source.references`."""
@@ -392,7 +392,7 @@ class EvaluationSamples:
     Attributes:
       records: the records of the file.
       indices: the records to read, in order.
-      turns: which questions of a conversation are samples; all of independent ones are.
+      turns: which questions of a conversation are samples, as of `answers_of`; all of independent ones are.
     """
 
     records: Records
@@ -425,14 +425,24 @@ class EvaluationSamples:
 
 
 def answers_of(record: Record, turns: Turns) -> Sequence[int]:
-    """Numbers of the messages that are the references of samples of the evaluation, in order."""
+    """Numbers of the messages that are the references of samples of the evaluation, in order.
+
+    Of a conversation with `turns` `all`, these are its learned answers and the last one: others (`loss` false, `weight`
+    0), such as those inside of the prompt in TRL's format, are examples in the prompts of the questions after them.
+    """
     if record.independent:
         return range(1, len(record.messages), 2)
     last = len(record.messages) - 1
     if turns == "last":
         return (last,)
     roles = [message["role"] for message in record.messages]
-    return [number for number in range(1, last + 1) if roles[number - 1 : number + 1] == ["user", "assistant"]]
+    answers = [number for number in range(1, last + 1) if roles[number - 1 : number + 1] == ["user", "assistant"]]
+    return [number for number in answers if number == last or _is_learned(record.messages[number])]
+
+
+def _is_learned(answer: Message) -> bool:
+    """As of `processors.learned.answer_weights`."""
+    return answer.get("loss") is not False and answer.get("weight") != 0
 
 
 def _alone(record: Record, sample: Sample, number: int) -> Fields:
@@ -455,6 +465,7 @@ def _up_to(record: Record, sample: Sample, number: int) -> Fields:
         "images": sample.images[: items.count("image")],
         "videos": sample.videos[: items.count("video")],
         "references": sample.references if number == len(sample.messages) - 1 else (),
+        "whole": sample,
     }
 
 

@@ -13,6 +13,7 @@ from vlm_jax.processors.mosaic import MosaicViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Tiles
+from vlm_jax.sharding.rules import generation_mesh, in_mesh
 from vlm_jax.system import System
 from vlm_jax.types import Batch, Grid, Params
 
@@ -50,11 +51,12 @@ def kept_tokens(system: System, params: Params, batch: Batch) -> Int[np.ndarray,
     model, reduction = system.model, system.processor.reduction
     if not isinstance(model, VLM) or model.reducer is None or reduction is None or batch.images is None:
         return None
+    mesh = generation_mesh(params)
     if model.reducer.reduces_in == "decoder":
         index = np.asarray(batch.visual_index[0])
-        left = np.asarray(_remaining(model, params, batch))[0] & (index >= model.num_learned_rows)
+        left = np.asarray(in_mesh(_remaining, mesh)(model, params, batch))[0] & (index >= model.num_learned_rows)
         return np.unique(index[left] - model.num_learned_rows)
-    kept, mask = _kept(model, params, batch)
+    kept, mask = in_mesh(_kept, mesh)(model, params, batch)
     if kept is None:
         return None
     count = reduction.before.tile_tokens if isinstance(reduction.before, Tiles) else 0  # packed: of the whole row

@@ -83,7 +83,8 @@ def _check_questions(ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str,
         what = "is of one run only" if alone else "has another question or other pictures"
         raise DifferentQuestions(
             f"expected two runs that answered the same questions, but sample '{name}' {what} ({len(alone)} samples are "
-            f"of one run only, {len(set(changed))} differ); use evaluations of the same data, with the same seed"
+            f"of one run only, {len(set(changed))} differ); use evaluations of the same data, with the same seed and "
+            "turns"
         )
 
 

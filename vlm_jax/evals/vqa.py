@@ -40,7 +40,7 @@ class Answer:
       visual_tokens: of each of the sample's images, how many reached the decoder.
       tokens_by_span: visual tokens of the prompt in the decoder's first layers, and after each drop.
       references: what the answer was compared with, all right answers as the tokenizer writes them if that is nearer.
-      group: of the answers about the same pictures.
+      group: of the answers about the same pictures, or of the same conversation.
       is_finished: whether the answer has an end.
       turns: questions of the conversation up to this answer; those before have the answers of the record.
     """
@@ -91,7 +91,12 @@ def judged_answer(
 
 
 def group_of(sample: Sample) -> str:
-    """A digest of the pictures and videos of a sample, or without any its name."""
+    """A digest of the pictures and videos of a sample, or without any its name; of a part, those of its whole sample.
+
+    All questions of a conversation are in one group, since their answers depend on each other.
+    """
+    if sample.whole is not None:
+        return group_of(sample.whole)
     if not sample.images and not sample.videos:
         return sample.sample_id
     digest = hashlib.blake2b(digest_size=8)

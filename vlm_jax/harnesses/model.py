@@ -13,7 +13,7 @@ from vlm_jax.generation.text import RowSettings
 from vlm_jax.pretrained import from_pretrained
 from vlm_jax.processors.conversation import Conversation
 from vlm_jax.ranges import Seed, Side, Size
-from vlm_jax.sharding.mesh import parse_generation_mesh
+from vlm_jax.sharding.mesh import make_generation_mesh
 from vlm_jax.types import Config, Fields
 
 LOG = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class HarnessModel:
         model = from_pretrained(
             settings.pretrained,
             dtype=settings.dtype,
-            mesh=None if settings.mesh is None else parse_generation_mesh(settings.mesh, "model_args.mesh"),
+            mesh=None if settings.mesh is None else make_generation_mesh(settings.mesh, "model_args.mesh"),
             image_size=settings.image_size,
             token_budget=settings.token_budget,
             reducer=settings.reducer,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import Checkpoint
 from vlm_jax.checkpoints.release import Release
+from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.likelihood import Likelihood
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.generation.text import Completion, check_function, check_strings
@@ -32,7 +33,7 @@ from vlm_jax.processors.processor import check_continuations
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.sharding.rules import mesh_of
+from vlm_jax.sharding.rules import in_mesh, mesh_of
 from vlm_jax.system import System
 from vlm_jax.types import Batch, Config, Fields, ImageTextBatch, Params, Tree
 
@@ -150,7 +151,7 @@ class Pretrained:
                 )
             return found
 
-        return jax.jit(run)
+        return in_mesh(jax.jit(run), mesh_of(self.params))
 
     def encode_images(self, images: Sequence[Picture]) -> Float[Array, "B E"]:
         """Float32 embeddings of images by the image tower, not normalised, compiled once per number of images."""
@@ -170,7 +171,9 @@ class Pretrained:
         def encode(method: str, params: Params, given: Tree) -> jax.Array:
             return jnp.asarray(self.module.apply({"params": params}, given, method=method), jnp.float32)
 
-        return {name: jax.jit(functools.partial(encode, name)) for name in ("encode_image", "encode_text")}
+        mesh = mesh_of(self.params)
+        names = ("encode_image", "encode_text")
+        return {name: in_mesh(jax.jit(functools.partial(encode, name)), mesh) for name in names}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -180,7 +183,7 @@ class Pretrained:
     @functools.cached_property
     def _laid_out(self) -> Params:
         """The parameters in the layout for generation, cached; on a CPU with a second copy of the decoder's kernels."""
-        return self.system.prepared(self.params)
+        return prepared(self.params, mesh_of(self.params))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -223,7 +226,8 @@ class Pretrained:
           **options: arguments of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
 
         Raises:
-          GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
+          GenerationError: a setting outside its range, a prompt that does not fit, parameters on a mesh that shards the
+            sequence, or NaN logits.
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
           ChatTemplateError: no template in the folder, or messages that it rejects.
         """
@@ -247,6 +251,7 @@ class Pretrained:
             processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
             stop=stop,
             sampling=sampling,
+            mesh=mesh_of(self.params),
             **options,
         )
         return answer

@@ -103,7 +103,7 @@ def qwen2_5_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT
 def _common_fields(settings: Config, where: str) -> Fields:
     rope = {"rope_type": "axial", "rope_theta": 10_000.0, **(settings["rope_parameters"] or {})}
     check_supported(settings, {"hidden_act": ("quick_gelu", "silu", "gelu")}, where)
-    check_supported(rope, {"rope_type": ("axial",)}, f"{where}.rope_parameters")
+    check_supported(rope, {"rope_type": ("axial", "default")}, f"{where}.rope_parameters")
     for key in ("patch_size", "temporal_patch_size"):
         if not isinstance(settings[key], int):
             raise PretrainedError(f"{where}.{key}: expected one integer, got {settings[key]!r}")

@@ -5,6 +5,8 @@ import functools
 import threading
 from collections.abc import Callable
 
+from jax.sharding import Mesh
+
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.pretrained.budgets import with_budget
@@ -67,6 +69,21 @@ class ServeSettings:
     def __post_init__(self):
         check_fields(self, "--")
 
+    def batches_on(self, mesh: Mesh | None) -> int:
+        """Number of batches that are generated at once on the devices of a mesh, or on one where it is None.
+
+        Raises:
+          ConfigError: several on several devices, which would run their programs in different orders and wait for one
+            another.
+        """
+        devices = 1 if mesh is None else mesh.size
+        if devices > 1 and (self.num_batches or 1) > 1:
+            raise ConfigError(
+                f"--num_batches: expected 1 on the {devices} devices of --mesh, got {self.num_batches}; set "
+                "--max_batch for more answers at once"
+            )
+        return self.num_batches or (1 if devices > 1 else 2)
+
     @property
     def access(self) -> WebAccess:
         """What may be downloaded for requests."""
@@ -87,18 +104,11 @@ class Service:
 
         Raises:
           UnsupportedError, ChatTemplateError, TokenizerError: the release has no conversations, or lacks a file.
-          InfeasibleBudget, ConfigError: the budget of the settings does not suit the model; or several batches at once
-            on several devices, which would run their programs in different orders and wait for one another.
+          InfeasibleBudget, ConfigError: the budget of the settings does not suit the model; or as of
+            `ServeSettings.batches_on`.
         """
         self.name, self.settings = name, settings
-        mesh = mesh_of(model.params)
-        devices = 1 if mesh is None else mesh.size
-        if devices > 1 and (settings.num_batches or 1) > 1:
-            raise ConfigError(
-                f"--num_batches: expected 1 on the {devices} devices of --mesh, got {settings.num_batches}; set "
-                "--max_batch for more answers at once"
-            )
-        self._num_batches = settings.num_batches or (1 if devices > 1 else 2)
+        self._num_batches = settings.batches_on(mesh_of(model.params))
         self._model, self._cache_dtype = model, cache_dtype
         self._systems: dict[tuple[int | None, str | None], System] = {}
         self._lock = threading.Lock()

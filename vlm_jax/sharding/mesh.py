@@ -78,17 +78,16 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None, *
     return Mesh(placed, tuple(sizes), (AxisType.Auto,) * len(sizes))
 
 
-def parse_generation_mesh(text: str, path: str) -> Mesh:
-    """The mesh that a command, or an argument of a harness, names for answering with one model.
+def parse_generation_mesh(text: str, path: str) -> MeshSettings:
+    """The mesh that a command, or an argument of a harness, names for answering with one model; asks for no device.
 
     Args:
       text: axes with their devices, such as `tensor:4,data:2`; `+` separates as `,` does, for a harness whose arguments
-        commas separate. `data` takes the devices that no other axis does.
+        commas separate. `data`, if not named, takes the remaining devices, or is 1 if another axis is -1.
       path: where the text is from, for errors.
 
     Raises:
-      ConfigError: text of another form, an axis that does not exist or that generation does not shard, or as of
-        `make_mesh`.
+      ConfigError: text of another form, or an axis that does not exist or that generation does not shard.
     """
     sizes: dict[str, int] = {}
     for word in text.replace("+", ",").split(","):
@@ -100,4 +99,13 @@ def parse_generation_mesh(text: str, path: str) -> Mesh:
         raise ConfigError(f"{path}: generation does not shard the sequence; leave {CONTEXT} out, got '{text}'")
     if -1 in sizes.values():
         sizes.setdefault(DATA, 1)
-    return make_mesh(parse(MeshSettings, sizes, path), path=path)
+    return parse(MeshSettings, sizes, path)
+
+
+def make_generation_mesh(text: str, path: str) -> Mesh:
+    """The mesh of `parse_generation_mesh`, over the devices of this process group.
+
+    Raises:
+      ConfigError: as of `parse_generation_mesh` and `make_mesh`.
+    """
+    return make_mesh(parse_generation_mesh(text, path), path=path)

@@ -131,11 +131,20 @@ def replicated(function: Callable[..., Tree], mesh: Mesh | None) -> Callable[...
     """
     if mesh is None:
         return jax.jit(function)
-    compiled = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return in_mesh(jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
+
+
+def in_mesh(function: Callable[..., Tree], mesh: Mesh | None) -> Callable[..., Tree]:
+    """A compiled function that is traced and called under `use_mesh`; the function itself where `mesh` is None.
+
+    Without it kernels that the compiler cannot partition, such as Mosaic's of attention, fail on sharded parameters.
+    """
+    if mesh is None:
+        return function
 
     def call(*arguments: Tree) -> Tree:
         with use_mesh(mesh):
-            return compiled(*arguments)
+            return function(*arguments)
 
     return call
 

@@ -58,6 +58,8 @@ class Evaluation:
         self._console = console or rich.console.Console(markup=False)
         self._executor = executor or LocalExecutor()
         self._runner = ReleaseRunner(settings, self.workdir)
+        if self._executor.in_process:
+            _ = self._runner.mesh  # of devices that are too few or too many, before anything is read
         self.points, self.refused = self._runner.points, self._runner.refused
         for refused in self.refused:
             self._console.print(f"{refused.label}: skipped: {refused.reason}", markup=False, soft_wrap=True)

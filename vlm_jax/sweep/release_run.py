@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.data.conversations import Turns
@@ -26,7 +27,7 @@ from vlm_jax.pretrained.loader import open_system
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.reducer import WhichQuestion
-from vlm_jax.sharding.mesh import parse_generation_mesh
+from vlm_jax.sharding.mesh import make_generation_mesh, parse_generation_mesh
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.executor import Report, exclusive
 from vlm_jax.sweep.point_run import ANSWERS_FILE
@@ -58,7 +59,7 @@ class ReleaseEvaluation:
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
       turns: which questions of a conversation are asked, `last` or `all`, each after the record's own answers to those
-        before it.
+        before it; see `data.conversations.answers_of`.
       tasks: allowed values of a record's `task`; the first is the default.
       metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
       parquet: whether the answers of a point are also written as `answers.parquet`.
@@ -92,6 +93,8 @@ class ReleaseEvaluation:
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
         chosen_metrics(self.metrics, "--metrics")
+        if self.mesh is not None:
+            parse_generation_mesh(self.mesh, "--mesh")
         if self.guidance and not any(map(is_guided, self.reducers)):
             flags, guided = ", ".join(f"--{name}" for name in self.guidance), ", ".join(filter(is_guided, REDUCERS))
             raise ConfigError(
@@ -161,7 +164,6 @@ class ReleaseRunner:
 
     def __init__(self, settings: ReleaseEvaluation, workdir: epath.PathLike):
         self._settings, self._workdir = settings, epath.Path(workdir)
-        self._mesh = None if settings.mesh is None else parse_generation_mesh(settings.mesh, "--mesh")
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         asked = settings.reducers, settings.budgets, settings.guidance
         self.points, self.refused = list_release_points(self._system, *asked)
@@ -192,9 +194,18 @@ class ReleaseRunner:
         check_references(self._system.processor.tokenizer, references, longest, "--max_new_tokens")
 
     @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The mesh of `settings.mesh`, of the devices of the process that evaluates points: a worker may have others.
+
+        Raises:
+          ConfigError: as of `make_mesh`.
+        """
+        return None if self._settings.mesh is None else make_generation_mesh(self._settings.mesh, "--mesh")
+
+    @functools.cached_property
     def params(self) -> Any:
         """Parameters of the release, for all points; kept in memory."""
-        return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed), self._mesh))
+        return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed), self.mesh))
 
     def params_of(self, system: System) -> Any:
         """Parameters of a point: the release's, and those that its reducer reads of another checkpoint, also kept."""
