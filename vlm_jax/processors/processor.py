@@ -123,6 +123,7 @@ class Processor:
       reduction: the token reducer, which `views` takes into account; None for none.
       grouped: rows have `types.Batch.group_ids`: the visual tokens of a place attend to each other in both directions,
         where the prompt does not state the group of its slot.
+      variables: variables of the chat template, of every conversation; those of a call take precedence.
     """
 
     prompt: Prompt
@@ -140,6 +141,7 @@ class Processor:
     reduction: Reduction | None = None
     table_rows: int | None = None
     grouped: bool = False
+    variables: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -228,6 +230,21 @@ class Processor:
         if reduction is not None:
             reduction = dataclasses.replace(reduction, before=_panned(reduction.before, do_pan_and_scan))
         return dataclasses.replace(self, views=views, reduction=reduction)
+
+    def thinking(self, enable: bool | None) -> "Processor":
+        """The same, whose prompts let the model think first or not; as the chat template does by itself when None.
+
+        Args:
+          enable: value of the template's variable `enable_thinking`, in every conversation.
+
+        Raises:
+          ChatTemplateError, PromptError: the prompts do not depend on this variable.
+        """
+        if enable is None:
+            return self
+        made = dataclasses.replace(self, variables={**self.variables, "enable_thinking": enable})
+        made.measure([{"role": "user", "content": "?"}], name="enable_thinking")
+        return made
 
     def rows(
         self,
@@ -551,7 +568,7 @@ class Processor:
                 continuation=continuation,
                 grids=[image.grid for image in images],
                 durations=durations,
-                **variables,
+                **{**self.variables, **variables},
             )
             if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
                 raise PromptError("expected at least one assistant message for training, got none")
