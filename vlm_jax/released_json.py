@@ -199,13 +199,17 @@ FORMS: dict[str, Form] = _table(
     ),
     (
         TEXT,
-        """model_type model_name hidden_act hidden_activation norm_type mm_projector_type mm_vision_select_feature
+        """model_type model_name hidden_act norm_type mm_projector_type mm_vision_select_feature
         projector_type concat_type ps_version scoring_func select_feature pooler_act projector_hidden_act s2_scales
         tile_tag tokenize_function topk_method vision_feature_select_strategy cls posemb pool_type text_model
         image_model img_model llm_model query_pre_attn_norm
         global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy""",
     ),
-    (TEXT | NULL, "mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version"),
+    (
+        TEXT | NULL,
+        """mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version
+        hidden_activation""",
+    ),
     (SECTION | NULL, "rope_scaling rope_parameters per_layer_config"),
     (
         Form(

@@ -97,6 +97,13 @@ class System:
             )
         return processor
 
+    def thinking(self, enable: bool | None) -> "System":
+        """The same with a processor as of `Processor.thinking`."""
+        if enable is None:
+            return self
+        processor = self.processor.thinking(enable)
+        return dataclasses.replace(self, make_processor=lambda: processor)
+
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""

@@ -12,7 +12,9 @@ from tests.advice import tried
 from vlm_jax.config import ConfigError
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.harnesses.model import AnswerSettings, HarnessModel, whole_number
+from vlm_jax.processors.chat import ChatTemplateError
 
+from ..processes.alphabet import write
 from .conftest import asked
 
 SAMPLED = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 4}
@@ -90,6 +92,16 @@ def test_arguments_are_checked(folder):
     with pytest.raises(ConfigError, match="batch_size: expected a whole number, got 'auto'"):
         whole_number("auto", "batch_size")
     assert (whole_number("8", "batch_size"), whole_number(8, "batch_size")) == (8, 8)
+
+
+def test_the_model_thinks_or_not(tmp_path, folder):
+    write(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}x{% endif %}")
+    request = [(lambda: [{"role": "user", "content": "a"}], AnswerSettings(2, (), Sampling()))]
+    for given, text in (({}, "bc"), ({"enable_thinking": True}, "yz"), ({"enable_thinking": False}, "bc")):
+        assert HarnessModel({"pretrained": str(tmp_path), **given}).answers(request)[0].text == text
+    with pytest.raises(ChatTemplateError, match="unused variable 'enable_thinking'"):
+        HarnessModel({"pretrained": str(folder), "enable_thinking": True})
 
 
 def test_answers_are_those_of_generate(model, folder):

@@ -161,12 +161,14 @@ def test_a_cache_goes_on_wherever_a_row_is_cut(pieces):
     np.testing.assert_allclose(np.concatenate(out, axis=1), mixed(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 3])
 def test_a_new_segment_after_a_cache_starts_anew(length):
-    x = row(5 + length)
+    """Also with the token after it, which reads only the new segment."""
+    x = row(6 + length)
     _, cache = compiled(cached=True)(x[:, :5], jnp.full((1, 5), 1), None, empty())
-    found, _ = compiled(cached=True)(x[:, 5:], jnp.full((1, length), 2), None, cache)
-    np.testing.assert_allclose(found, mixed(x[:, 5:]), atol=1e-5)
+    found, cache = compiled(cached=True)(x[:, 5:-1], jnp.full((1, length), 2), None, cache)
+    after, _ = compiled(cached=True)(x[:, -1:], jnp.full((1, 1), 2), None, cache)
+    np.testing.assert_allclose(np.concatenate([found, after], axis=1), mixed(x[:, 5:]), atol=1e-5)
 
 
 def test_errors_name_the_mechanism():

@@ -90,6 +90,7 @@ MODELS = {
         {
             "head_dim": 12,
             "hidden_act": "gelu",
+            "hidden_activation": None,  # as released
             "attention_bias": True,
             "tie_word_embeddings": False,
             "pad_token_id": None,

@@ -48,7 +48,7 @@ def ours(sampler, total, fps):
 @pytest.mark.parametrize("stated", QWEN)
 def test_frames_of_qwen(stated, total, fps):
     wanted = theirs(Qwen2VLVideoProcessor(**stated), total, fps)
-    assert ours(qwen_hf._sampler({"do_sample_frames": True, **stated}), total, fps) == wanted
+    assert ours(qwen_hf._sampler({"do_sample_frames": True, **stated}, "folder"), total, fps) == wanted
 
 
 @pytest.mark.parametrize(("total", "fps"), LENGTHS)
@@ -103,7 +103,7 @@ def test_every_frame_without_sampling(tmp_path, made):
     processor.save_pretrained(tmp_path)
     assert processor.do_sample_frames is False
     settings = {"do_sample_frames": False}
-    sampler = qwen_hf._sampler(settings) if made is Qwen2VLVideoProcessor else internvl_hf._sampler(tmp_path)
+    sampler = qwen_hf._sampler(settings, tmp_path) if made is Qwen2VLVideoProcessor else internvl_hf._sampler(tmp_path)
     video = np.zeros((9, 3, 4, 4), np.uint8)
     kept, _ = processor._decode_and_sample_videos([video], [{"total_num_frames": 9, "fps": 2.0}], False)
     assert len(sampler.chosen(9, 2.0)) == len(kept[0])

@@ -231,6 +231,9 @@ def test_gemma_4_of_released_and_of_newer_files():
     for more in (released, {"layer_types": types, "per_layer_config": both}):
         decoder = language_model({**text, **more}, {}, "config", **DTYPES).decoder
         assert decoder.kinds == (local, whole) and decoder.order == (0, 1, 0, 1) and decoder.windows == (8, None) * 2
+    # Null is no default: layers have equal heads, as in transformers.
+    decoder = language_model({**text, **released, "per_layer_config": None}, {}, "config", **DTYPES).decoder
+    assert [(kind.head_dim, kind.num_kv_heads) for kind in decoder.kinds] == [(2, text["num_key_value_heads"])] * 2
     decoder = language_model({**text, "layer_types": ["sliding_attention"] * 4}, {}, "config", **DTYPES).decoder
     assert decoder.order == (0, 0, 0, 1)  # the last layer is global, whatever is stated
     moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 3}
@@ -269,7 +272,11 @@ def test_the_layers_of_qwen3_5_follow_the_config():
         ({"full_attention_interval": 0}, "full_attention_interval: expected a positive integer, got 0"),
         ({"linear_num_key_heads": 3}, "linear_num_key_heads: expected a divisor of linear_num_value_heads, 32, got 3"),
         ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim: expected a positive integer, got 0"),
-        ({"rope_parameters": {**rope, "partial_rotary_factor": 0.1}}, "an even number of the 16 coordinates"),
+        (
+            {"rope_parameters": {**rope, "partial_rotary_factor": 0.1}},
+            r"config\.rope_parameters\.partial_rotary_factor: .* an even number of the 16 coordinates",
+        ),
+        ({"rope_parameters": {}, "partial_rotary_factor": 0.1}, r"config\.partial_rotary_factor: .* an even number"),
     ):
         with pytest.raises(PretrainedError, match=told):
             language_model({**text, **more}, {}, "config", **DTYPES)

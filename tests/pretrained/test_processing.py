@@ -16,7 +16,7 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.pretrained import language
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import PROCESSORS, check_conversations, read_processor, text
+from vlm_jax.pretrained.processing import PROCESSORS, check_conversations, gemma4, qwen_hf, read_processor, text
 from vlm_jax.pretrained.processing.llava import canvases
 from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
 from vlm_jax.processors.pixels import Pixels
@@ -250,6 +250,26 @@ def test_internlm2_ends_at_the_end_of_a_turn(tmp_path):
     processor = text.processor(tmp_path, {"model_type": "internlm2"})
     assert processor.end_tokens == ("</s>", "<|im_end|>")
     assert text.processor(tmp_path, {"model_type": "llama"}).end_tokens == ()
+
+
+def test_qwen3_5_ends_at_the_end_of_a_turn(tmp_path):
+    """Its config.json states the end of a text alone; a generation config may state more."""
+    ends, tags = (
+        ("<|im_end|>", "<|endoftext|>"),
+        ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    )
+    tokenizer_files(tmp_path, *ends, *tags)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16}))
+    assert qwen_hf.processor3(tmp_path, {"model_type": "qwen3_5"}).end_tokens == ends
+
+
+def test_every_frame_of_a_long_video_of_gemma_4_has_its_tokens(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    views = gemma4.views(tmp_path, {})
+    for num_frames in (1, 768, 2000):
+        layouts = views.video_layouts(num_frames, (480, 480))
+        assert [len(layout) for layout in layouts] == [64] * num_frames  # 8 x 8 of at most 70
 
 
 @pytest.mark.parametrize("kind", sorted(language.FAMILIES))

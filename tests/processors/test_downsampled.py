@@ -6,10 +6,15 @@ from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.crops import CropViews
 from vlm_jax.processors.downsampled import DownsampledViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.prompt import TiledText
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, InternVLViews, Ovis2Views
+from vlm_jax.processors.views import PictureMismatch
+
+from .test_processor import processor, say
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 61, 3), np.uint8))
@@ -40,6 +45,23 @@ def test_tiles_are_those_of_the_full_size_in_fewer_pixels(full):
     # Learned rows stand between rows of tokens and tiles as before.
     learned = [np.unique(one.layout[one.layout < 0]).tolist() for one in (before, after)]
     assert learned[0] == learned[1]
+
+
+def test_crops_are_switched_in_fewer_pixels():
+    """Of a call, also of one conversation and of sizes alone."""
+    crops = CropViews(SquareViews(PIXELS, (8, 8), 16), min_crop_size=4, active=False)
+    made = processor(
+        DownsampledViews(crops.retokened(4), (4, 4)), {"image": "<image>"}, tiled=TiledText("<image>", "", "")
+    )
+    messages, shown = say("<image>"), [np.asarray(PICTURE)]
+    for active, tiles in ((None, 1), (False, 1), (True, 4)):
+        example = made.example(messages, shown, do_pan_and_scan=active)
+        pixels = np.concatenate([image.pixels for image in example.images])
+        assert example.load.images == tiles and pixels.shape == (tiles, 4, 4, 3)
+        assert made.measure(messages, [(20, 61)], do_pan_and_scan=active) == example.load
+        assert made(messages, shown, do_pan_and_scan=active).images.shape == (1, tiles, 4, 4, 3)
+    with pytest.raises(PictureMismatch, match="do_pan_and_scan: this system has no pan and scan; remove the option"):
+        processor(DownsampledViews(EVERY[0], (4, 4)))(messages, shown, do_pan_and_scan=True)
 
 
 def test_rows_of_tokens_end_in_the_learned_row():

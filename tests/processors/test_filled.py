@@ -40,7 +40,7 @@ def test_an_item_has_no_size_of_its_own():
         PictureMismatch,
         match=tried(
             "{}: this system's images fill a number of visual tokens; remove the key from the item, and set "
-            "max_visual_tokens"
+            "max_visual_tokens or max_video_tokens, or token_budget for a larger number"
         ),
     ):
         VIEWS.sized(ItemSize(max_pixels=288))

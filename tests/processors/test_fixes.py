@@ -223,8 +223,8 @@ def test_only_what_an_assistant_says_has_a_weight(key):
     assert learning().batch([TURNS], [[picture()]], targets=True).loss_weights.any()
 
 
-def test_a_template_whose_last_message_differs_marks_what_is_learned():
-    last = "{% for m in messages %}{{ m.role }}:{% if loop.last %}hm {% endif %}{{ m.content }}{% endfor %}"
+def test_a_template_whose_texts_depend_on_the_answer_marks_what_is_learned():
+    last = "{% for m in messages %}{{ m.role ~ messages[-1].content | length }}{{ m.content }}{% endfor %}"
     said = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     shown = last.replace("{{ m.content }}", said + "{% endif %}")
 

@@ -230,6 +230,49 @@ def test_a_thought_is_learned_and_an_empty_one_that_is_put_in_is_not():
     assert [text[start:stop] for start, stop, _ in spans] == ["A cat.\n<|im_end|>", thinks[3]["content"] + "<|im_end|>"]
 
 
+# The rules of the template of Qwen3.5, and of others that think: only answers after the last question have a thought,
+# which is empty where the content has none. `{{ head }}` starts an answer.
+THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% set said = m.content.split('</think>')[-1] | trim %}{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+    "{{ '<think>\n' + thought | trim + '\n</think>\n\n' }}{% endif %}{{ said + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if not thinks %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_answers_before_the_last_question_lack_the_thought(thinks):
+    template = ChatTemplate(THINKING, TOKENIZER.names)
+    options = {"add_generation_prompt": False, "thinks": thinks}
+    opening, end = "\n</think>\n\n" if thinks else "", "<|im_end|>\n"
+
+    def spans(messages, learned=None, **more):
+        learned = learned or Learned(end=end)
+        text, found = render_learned(template, messages, TOKENIZER, learned, **options, **more)
+        assert text == template.render(messages, **options)
+        return [(text[start:stop], text[:start].rpartition(end)[2]) for start, stop, _ in found]
+
+    asks, thinks_too = "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+    last = (f"{opening}Yes.{end}", thinks_too if thinks else f"{thinks_too}\n</think>\n\n")
+    assert spans(TURNS) == [(f"A cat.{end}", asks), last]
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA cat."}
+    assert spans([TURNS[0], thought, *TURNS[2:]]) == [(f"A cat.{end}", asks), last]
+    assert spans(TURNS, turns="last") == spans([TURNS[0], {**TURNS[1], "loss": False}, *TURNS[2:]]) == [last]
+    assert spans([*TURNS, *TURNS])[:3] == [(f"A cat.{end}", asks), (f"Yes.{end}", asks), (f"A cat.{end}", asks)]
+    both = spans(TURNS, Learned(end=end, head=True))
+    assert both == [(f"{asks}A cat.{end}", ""), (f"{thinks_too}\n</think>\n\nYes.{end}", "")]
+
+
+def test_a_thought_of_the_last_answer_is_learned():
+    thought = [*TURNS[:3], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}]
+    options = {"add_generation_prompt": False, "thinks": True}
+    text, spans = render_learned(ChatTemplate(THINKING), thought, TOKENIZER, **options)
+    assert [text[start:stop] for start, stop, _ in spans] == ["A cat.<|im_end|>", "hm\n</think>\n\nYes.<|im_end|>"]
+
+
 def processor():
     marks = {"image": "<image>"}
     return Processor(TemplatePrompt(ChatTemplate(OVIS2), TOKENIZER, marks, marks), SQUARE, TOKENIZER, 0)
@@ -252,7 +295,7 @@ def test_a_batch_of_targets():
 def test_what_cannot_be_learned_names_its_sample():
     with pytest.raises(PromptError, match="conversation 1: expected at least one assistant message"):
         processor().batch([TURNS[2:], TURNS[2:3]], targets=True)
-    last = "{% for m in messages %}{{ m.role }}:{% if loop.last %}hm {% endif %}{{ m.content }}{% endfor %}"
+    last = "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ messages[-1].content | length }}{% endfor %}"
     made = Processor(TemplatePrompt(ChatTemplate(last), TOKENIZER), SQUARE, TOKENIZER, 0)
     with pytest.raises(
         ChatTemplateError, match="conversation 0: the chat template: message 1: cannot find its trained"

@@ -28,6 +28,7 @@ def test_many_frames_share_the_tokens_of_a_video():
     assert limits.pixels(1, 64) == 6400
     assert limits.pixels(2, 64) == 3200  # 50 tokens each
     assert limits.pixels(50, 64) == 672  # the least, and 5%
+    assert VideoLimits(640, 6400).pixels(5000, 64) == 6400
     frames = [picture(64, 64)] * 8
     (seen,) = views(video_limits=limits).video(frames, 2.0)
     assert seen.grid == (4, 10, 10)  # 25 tokens of 8 x 8 pixels each

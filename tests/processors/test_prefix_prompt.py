@@ -59,6 +59,20 @@ def test_a_continuation_is_behind_the_prefix():
     np.testing.assert_array_equal(batch.loss_weights, [[0, 0, 1, 0]])
 
 
+def test_images_belong_in_the_question():
+    told = tried(
+        "expected an answer without images, got {} ('{}' in a text is an image too); put images in the question"
+    )
+    asked = user(None, "a")
+    for content in ("b<image>c", [_text("b"), {"type": "image"}]):
+        shown = [PICTURE] * (1 if isinstance(content, str) else 2)
+        with pytest.raises(PromptError, match=told):
+            PROCESSOR.example([asked, {"role": "assistant", "content": content}], shown, targets=True)
+    assert PROCESSOR.example(
+        [user(None, None, "a"), {"role": "assistant", "content": "b"}], [PICTURE] * 2, targets=True
+    )
+
+
 def test_a_conversation_is_one_question():
     answer = {"role": "assistant", "content": "b"}
     with pytest.raises(PromptError, match=tried("got {}; make a conversation of each question")):

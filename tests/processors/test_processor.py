@@ -209,6 +209,23 @@ def test_the_whole_image_may_come_before_its_tiles_and_groups_are_of_places():
     assert not groups[[0, 1, 4, 7, 10]].any() and not batch.group_ids[1].any()
 
 
+def test_the_model_thinks_or_not_in_all_conversations():
+    """The variable of a call comes first; a template that does not read it is told before any conversation."""
+    source = (
+        "{{ messages[0].content }}{% if enable_thinking is defined %}{{ '+' if enable_thinking else '-' }}{% endif %}"
+    )
+    prompt = TemplatePrompt(ChatTemplate(source), TOKENIZER)
+    made, messages = Processor(prompt, SQUARE, TOKENIZER, 2), [{"role": "user", "content": "a"}]
+    assert made.thinking(None) is made
+    for enable, written in ((True, "a+"), (False, "a-")):
+        thinking = made.thinking(enable)
+        np.testing.assert_array_equal(thinking(messages).tokens[0], [1, *letters(written)])
+        assert thinking.measure(messages).length == 3
+        np.testing.assert_array_equal(thinking(messages, enable_thinking=True).tokens[0], [1, *letters("a+")])
+    with pytest.raises(ChatTemplateError, match="the chat template: unused variable 'enable_thinking'"):
+        processor().thinking(False)
+
+
 def test_every_error_names_its_sample():
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
     for made, given, told in (

@@ -170,6 +170,16 @@ def test_a_broken_request_is_named(site, body, status, message):
     assert sent(site, asked("w"))[1]["choices"][0]["message"]["content"] == "xyz"
 
 
+def test_the_model_thinks_or_not(tmp_path):
+    write(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}x{% endif %}")
+    model = vlm_jax.from_pretrained(tmp_path)
+    for settings, text in (({}, "bc"), ({"enable_thinking": True}, "yz")):
+        with serving(model, **settings) as made:
+            answer = made.client.chat.completions.create(**asked("a", max_tokens=2))
+            assert answer.choices[0].message.content == text
+
+
 def test_other_paths_and_methods_have_errors_too(site):
     assert sent(site, b"", "GET", "/v1/other")[0] == 404
     status, content = sent(site, b"", "GET")

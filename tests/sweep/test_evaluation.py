@@ -15,6 +15,9 @@ import vlm_jax
 from vlm_jax.config import ConfigError
 from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.loader import open_system
+from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -22,6 +25,7 @@ from vlm_jax.sweep.executor import LocalExecutor
 from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.frontier import REQUIRED
 from vlm_jax.sweep.questions import Questions
+from vlm_jax.sweep.release_points import ReleasePoint
 from vlm_jax.system import System
 
 from ..advice import tried
@@ -253,6 +257,7 @@ def test_more_answers_than_questions_need_another_workdir(evaluation, finished, 
         ({"budgets": (0,)}, ConfigError, "--budgets\\[0\\]: expected at least 1, got 0"),
         ({"reducers": ("fastv",), "budgets": ()}, ConfigError, "no point can be evaluated"),
         ({"batch_size": 0}, ConfigError, "--batch_size: expected at least 1, got 0"),
+        ({"enable_thinking": False}, ChatTemplateError, "unused variable 'enable_thinking'"),
         ({"max_new_tokens": 1}, SequenceTooLong, "jsonl:0': its reference answer has .* raise --max_new_tokens"),
     ],
 )
@@ -260,6 +265,17 @@ def test_what_is_refused_before_anything_is_written(evaluation, tmp_path, change
     with pytest.raises(error, match=message):
         evaluation(tmp_path / "work", **changes)
     assert not (tmp_path / "work").exists()
+
+
+def test_the_variable_of_the_template_is_a_setting_of_answers(released):
+    """An earlier workdir, without it, resumes."""
+    system = open_system(released[0], FAMILIES, dtype="float32")
+    for enable, words in ((None, []), (False, ["--enable_thinking=False"])):
+        settings = ReleaseEvaluation("release", "data", ("none",), enable_thinking=enable)
+        assert settings.of_answers.get("enable_thinking") is enable
+        assert ("enable_thinking" in settings.of_answers) == (enable is not None)
+        command = settings.command("workdir", ReleasePoint("none", None, system))
+        assert [word for word in command.split() if "thinking" in word] == words
 
 
 def test_questions_from_any_number_on_and_of_drawn_records(released):

@@ -12,7 +12,7 @@ from PIL import Image
 import vlm_jax
 from configs import finetune
 from tests.contracts import releases
-from vlm_jax.build import build
+from vlm_jax.build import build, of_system
 from vlm_jax.checkpoints.hub import CheckpointFileError, read_config
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained import FAMILIES
@@ -20,10 +20,12 @@ from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.loader import open_system
+from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sweep.release_points import list_release_points
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Trainer
+from vlm_jax.types import Sample
 
 from ..advice import tried
 
@@ -151,6 +153,30 @@ def test_a_workdir_starts_another_run_and_an_evaluation(run, one_device):
 def test_wrong_sections_are_named(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         build(config_of(folder, **changes))
+
+
+def test_the_model_thinks_or_not_in_training_and_evaluation(tmp_path, folder):
+    """Answers follow the head of the prompt that the same setting makes."""
+    (tmp_path / "qwen").mkdir()
+    releases.make("qwen2_5_vl", tmp_path / "qwen")
+    (tmp_path / "qwen" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{{ '+' if enable_thinking else '-' }}"
+        "{{ m.content }}<|im_end|>{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{{ '+' if enable_thinking else '-' }}{% endif %}"
+    )
+    system = open_system(tmp_path / "qwen", FAMILIES, dtype="float32")
+    sample = Sample("a", ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "b"}))
+    for enable, head in ((None, "-"), (False, "-"), (True, "+")):
+        changes = {"processor": {"enable_thinking": enable}, "row": {"length": LENGTH, "images": 64}}
+        experiment = of_system(config_of(tmp_path / "qwen", **changes), system)
+        tokenizer = system.processor.tokenizer
+        asked, told = (experiment.example(sample, targets=targets) for targets in (False, True))
+        ids = [index for piece in asked.pieces for index in piece.ids]
+        assert tokenizer.decode(ids).endswith(head)
+        learned = [index for piece in told.pieces if piece.learned for index in piece.ids]
+        assert tokenizer.decode(learned).startswith("b")
+    with pytest.raises(ChatTemplateError, match="unused variable 'enable_thinking'"):
+        build(config_of(folder, processor={"enable_thinking": True}))
 
 
 def test_sections_that_are_set_as_the_messages_say_are_read(folder):

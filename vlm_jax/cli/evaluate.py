@@ -45,6 +45,11 @@ TURNS = flags.DEFINE_enum(
     "Which questions of a conversation are asked, each after the record's own answers to those before it.",
 )
 TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
+ENABLE_THINKING = flags.DEFINE_boolean(
+    "enable_thinking",
+    None,
+    "Whether the model may think first, if its chat template has this variable; its default if unset.",
+)
 METRICS = flags.DEFINE_list("metrics", [], "Metrics of tasks, as task=metric; by the task's name if unset.")
 PARQUET = flags.DEFINE_bool("parquet", False, "Also writes the answers of each point as answers.parquet.")
 COMPARE = flags.DEFINE_string(
@@ -93,6 +98,7 @@ def main(argv: list[str]) -> None:
                 compare=COMPARE.value,
                 text_model=TEXT_MODEL.value,
                 question=cast(WhichQuestion | None, QUESTION.value),
+                enable_thinking=ENABLE_THINKING.value,
             )
             with executors.open_executor() as executor:
                 evaluation = Evaluation(settings, str(WORKDIR.value), executor=executor)

@@ -40,6 +40,11 @@ REDUCER = flags.DEFINE_string(
 MAX_BUDGETS = numbers.define("max_budgets", Count, 8, "Different pairs of token_budget and reducer of requests.")
 MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 512, "Tokens of an answer, for requests without max_tokens.")
 MAX_LENGTH = numbers.define("max_length", Size, 16384, "Maximum tokens of a prompt with its answer, images included.")
+ENABLE_THINKING = flags.DEFINE_boolean(
+    "enable_thinking",
+    None,
+    "Whether the model may think first, if its chat template has this variable; its default if unset.",
+)
 MAX_BATCH = numbers.define("max_batch", Size, 8, "Maximum answers that are generated together.")
 NUM_BATCHES = numbers.define(
     "num_batches", Count, None, "Batches that are generated at once; 2 if unset; on several devices (--mesh) only 1."
@@ -88,6 +93,7 @@ def main(argv: list[str]) -> None:
             download_seconds=DOWNLOAD_SECONDS.value,
             request_seconds=REQUEST_SECONDS.value,
             max_budgets=MAX_BUDGETS.value,
+            enable_thinking=ENABLE_THINKING.value,
         )
         devices = mesh.chosen(MESH.value)
         settings.batches_on(devices)  # before weights are read

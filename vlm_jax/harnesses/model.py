@@ -49,6 +49,8 @@ class ModelSettings:
       mesh: devices along the axes of a mesh, such as `tensor:4+data:2`; one device when None.
       batch_size: requests that are answered together.
       max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
+      enable_thinking: whether the model may think first, where its chat template has this variable; the template's
+        default when None.
       max_new_tokens: maximum tokens of an answer, of requests that do not say it.
       seed: of sampling, of requests that do not say it.
       ignore: names of settings of requests that are not read, joined by `+`; any other that is not supported is an
@@ -67,6 +69,7 @@ class ModelSettings:
     mesh: str | None = None
     batch_size: Size = 1
     max_visual_tokens: Size | None = None
+    enable_thinking: bool | None = None
     max_new_tokens: Size = 1024
     seed: Seed = 0
     ignore: str = ""
@@ -136,7 +139,7 @@ class HarnessModel:
             reducer=settings.reducer,
             adapter=settings.adapter,
         )
-        self._system = model.system
+        self._system = model.system.thinking(settings.enable_thinking)
         self._params = self._system.prepared(model.params)
         self._options: Fields = {"max_visual_tokens": settings.max_visual_tokens}
         self._system.processor  # noqa: B018 (raises for a model without conversations)

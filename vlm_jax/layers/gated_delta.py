@@ -24,7 +24,8 @@ class DeltaState(NamedTuple):
     """What one Gated DeltaNet layer keeps of earlier tokens, or all with a leading layer axis; it does not grow.
 
     Attributes:
-      query, key, value: inputs of the convolutions at the last W tokens; zeros where there are fewer.
+      query, key, value: inputs of the convolutions at the last W tokens; zeros for those of an earlier segment, and
+        where there are fewer.
       memory: of the delta rule, float32.
       segment: segment of these tokens, 0 where there are none.
     """
@@ -150,14 +151,16 @@ class GatedDelta(nn.Module):
         past = self.window - 1
         of_inputs = jnp.concatenate([jnp.broadcast_to(held.segment[:, None], (x.shape[0], past)), segments], axis=1)
         count = jnp.sum(segments != PADDING_SEGMENT, axis=1)
-        last = count[:, None, None] + jnp.arange(past)[None, :, None]
+        last = count[:, None] + jnp.arange(past)[None]
+        kept = jnp.take_along_axis(of_inputs, last, axis=1)
+        last, kept = last[..., None], (kept == kept[:, -1:])[..., None]  # the segment of the last token
         earlier = None if lineages.branches is None else lineages.earlier(past)
         found, tails = [], []
         for name, tail in (("query", held.query), ("key", held.key), ("value", held.value)):
             heads, dim, axis = self._sizes(name)
             inputs = self._dense(heads * dim, axis, name)(x)
             inputs = jnp.concatenate([tail.astype(inputs.dtype), inputs], axis=1)
-            tails.append(jnp.take_along_axis(inputs, last, axis=1).astype(tail.dtype))
+            tails.append(jnp.where(kept, jnp.take_along_axis(inputs, last, axis=1), 0).astype(tail.dtype))
             init = with_axes(KERNEL_INIT, axes.PATCH, axis)
             kernel = self.param(f"{name}_conv", init, (self.window, heads * dim), self.param_dtype).astype(self.dtype)
             mixed = jnp.zeros((*x.shape[:2], heads * dim), jnp.float32)

@@ -20,10 +20,13 @@ class ReleaseProcessorSettings:
     Attributes:
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
       max_length: maximum tokens of a conversation.
+      enable_thinking: whether the model may think before an answer, in training and evaluation, where its chat template
+        has this variable.
     """
 
     max_pixels: Count | None = None
     max_length: Count | None = None
+    enable_thinking: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,10 @@ def configured(system: System, config: Config) -> System:
         fields = _fields(config[part], type(own), f"config.{part}")
         changed: Fields = {part: own.clone(**fields)} if fields else {}
         model = model.clone(**changed) if changed else model
-    changes = dataclasses.asdict(parse(ReleaseProcessorSettings, config["processor"], "config.processor"))
+    settings = parse(ReleaseProcessorSettings, config["processor"], "config.processor")
+    changes: Fields = {"max_pixels": settings.max_pixels, "max_length": settings.max_length}
     given = {key: value for key, value in changes.items() if value is not None}
-    processor = dataclasses.replace(system.processor, **given)
+    processor = dataclasses.replace(system.processor.thinking(settings.enable_thinking), **given)
     return dataclasses.replace(system, model=model, make_processor=lambda: processor)
 
 

@@ -1,4 +1,4 @@
-"""Language models of the Gemma family: Gemma, Gemma 2 and Gemma 3; of the latter two blocks are local or global."""
+"""Language models of the Gemma family: Gemma, Gemma 2 and Gemma 3. Gemma 2 and 3 have local and global blocks."""
 
 import re
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ def _one_rope(
     names: Names,
     dtypes: Mapping[str, Dtype],
 ) -> LanguageModel:
-    """What Gemma and Gemma 2 share; `fields` are further ones of the decoder."""
+    """What Gemma and Gemma 2 share; `fields`: more fields of the decoder."""
     check_supported(settings, {"attention_bias": (True, False)}, where)
     tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
     biases = {"qkv_bias": settings["attention_bias"], "out_bias": settings["attention_bias"], "mlp_bias": False}

@@ -1,6 +1,6 @@
 """Gemma 4: a tower of any image size, means of squares of patches with one linear layer, and a language model.
 
-Linear layers of the tower that are clipped are not read. Tensors for audio are kept and not loaded.
+A tower with clipped linear layers raises an error. Tensors for audio are kept and not loaded.
 """
 
 import re

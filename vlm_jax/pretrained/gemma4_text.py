@@ -73,6 +73,8 @@ def gemma4(
       PretrainedError: unsupported parts or settings, or a tied head that differs from the table.
     """
     read = {key: value for key, value in config.items() if key in TEXT_DEFAULTS}
+    if "per_layer_config" in read:  # null, as in transformers, is not the default: layers are alike
+        read["per_layer_config"] = read["per_layer_config"] or {}
     settings = with_defaults(read, TEXT_DEFAULTS, where)
     wrong = [
         f"{where}.{key}: {part} are not supported; expected {none}, got {settings[key]!r}"

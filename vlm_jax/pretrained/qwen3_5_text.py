@@ -125,14 +125,14 @@ def _mixers(settings: Config, where: str) -> tuple[Literal["attention", "delta"]
 def _rotary(settings: Config, head_dim: int, where: str) -> tuple[Fields, int]:
     """The rotary settings without the share of a head that is rotated, and the number of its rotated coordinates."""
     key = "rope_scaling" if settings["rope_scaling"] else "rope_parameters"
-    found, share = settings[key] or {}, settings["partial_rotary_factor"]
-    if isinstance(found, Mapping):
-        share = found.get("partial_rotary_factor", share)
+    found, share, place = settings[key] or {}, settings["partial_rotary_factor"], where
+    if isinstance(found, Mapping) and "partial_rotary_factor" in found:
+        share, place = found["partial_rotary_factor"], f"{where}.{key}"
         found = {name: value for name, value in found.items() if name != "partial_rotary_factor"}
     dim = int(head_dim * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
     if dim < 2 or dim % 2:
         raise PretrainedError(
-            f"{where}.partial_rotary_factor: expected a share of 1 that is an even number of the {head_dim} "
+            f"{place}.partial_rotary_factor: expected a share of 1 that is an even number of the {head_dim} "
             f"coordinates of a head, got {share!r}"
         )
     return {**settings, key: found, "partial_rotary_factor": None}, dim

@@ -63,6 +63,6 @@ class FilledViews(NativeViews):
         if given:
             raise PictureMismatch(
                 f"{given[0]}: this system's images fill a number of visual tokens; remove the key from the item, and "
-                "set max_visual_tokens"
+                "set max_visual_tokens or max_video_tokens, or token_budget for a larger number"
             )
         return self

@@ -119,8 +119,7 @@ def render_learned(
       **variables: further variables of the template, including `add_generation_prompt`.
 
     Raises:
-      ChatTemplateError: a template without blocks renders an answer differently if more messages follow, or without
-        the generation prompt.
+      ChatTemplateError: an answer cannot be found in what a template without blocks writes.
       PromptError: see `answer_weights`.
 
     Source: transformers, `apply_chat_template` with `return_assistant_tokens_mask`, for the blocks.
@@ -175,14 +174,7 @@ def _answers(
     for number, message in enumerate(messages):
         if message.get("role") not in ASSISTANT:
             continue
-        through = template.render(messages[: number + 1], **{**variables, "add_generation_prompt": False})
-        head = _head(template, messages[: number + 1], through, variables, prompted=True)
-        if not (text.startswith(through) and through.startswith(head)):
-            raise ChatTemplateError(
-                f"{template.origin}: message {number}: cannot find its trained text, because it is rendered "
-                "differently if more messages follow, or without the generation prompt; put {% generation %} and "
-                "{% endgeneration %} around the assistant's text in the template"
-            )
+        head, through = _around(template, messages, number, text, variables)
         stripped = through.rstrip()
         stop = len(stripped) if stripped.endswith(ends) else len(through)
         end = learned.end
@@ -191,6 +183,34 @@ def _answers(
         start = _head(template, messages[: number + 1], through, variables, prompted=False) if learned.head else head
         spans.append(Span(len(start), stop, weights[number]))
     return text, spans
+
+
+def _around(
+    template: ChatTemplate, messages: Sequence[Message], number: int, text: str, variables: Config
+) -> tuple[str, str]:
+    """The text before an answer with its head, and the text through its end.
+
+    Some templates write an answer differently if a question follows: those of models that think leave out its thought.
+    Its place is then found by a mark instead of its content.
+    """
+    alone = {**variables, "add_generation_prompt": False}
+    through = template.render(messages[: number + 1], **alone)
+    head = _head(template, messages[: number + 1], through, variables, prompted=True)
+    if text.startswith(through) and through.startswith(head):
+        return head, through
+    mark = secrets.token_hex(8)
+    marked = [{**message, "content": mark} if n == number else message for n, message in enumerate(messages)]
+    before, found, after = template.render(marked, **variables).partition(mark)
+    end = template.render(marked[: number + 1], **alone).partition(mark)[2]
+    stop = len(text) - len(after)
+    around = len(before) <= stop and text.startswith(before) and text.endswith(after)
+    if not (found and around and after.startswith(end)):
+        raise ChatTemplateError(
+            f"{template.origin}: message {number}: cannot find its trained text, because it is rendered differently "
+            "if more messages follow, or without the generation prompt; put {% generation %} and {% endgeneration %} "
+            "around the assistant's text in the template"
+        )
+    return head if before.startswith(head) else before, text[: stop + len(end)]
 
 
 def _head(

@@ -28,17 +28,20 @@ class VideoLimits:
 
     Attributes:
       min_pixels, max_pixels: of a frame.
-      max_tokens: of a video, divided evenly by its frames; `min_pixels` with a margin of 5% takes precedence.
+      max_tokens: of a video, divided evenly by its frames; `min_pixels` with a margin of 5% takes precedence. None
+        for no limit.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 3.2; qwen-vl-utils, vision_process.py, fetch_video.
     """
 
     min_pixels: int
     max_pixels: int
-    max_tokens: int
+    max_tokens: int | None = None
 
     def pixels(self, num_slots: int, block_pixels: int) -> int:
         """Maximum pixels of a frame of a video with `num_slots` temporal patches."""
+        if self.max_tokens is None:
+            return self.max_pixels
         share = self.max_tokens * block_pixels // num_slots
         return max(min(self.max_pixels, share), min(int(self.min_pixels * 1.05), self.max_pixels))
 

@@ -59,7 +59,7 @@ class PrefixPrompt:
         """The pieces of one conversation; see `Prompt`. A continuation is encoded by itself, as an answer is.
 
         Raises:
-          PromptError: more than one question and one answer, or any variables.
+          PromptError: more than one question and one answer, an image in the answer, or any variables.
           TokenizerError: the tokenizer lacks a start, end or image token.
         """
         del places, add_generation_prompt, grids, durations  # not written
@@ -86,7 +86,13 @@ class PrefixPrompt:
         if len(messages) > 1:
             self.tokenizer.id_of(eos)
             weight = answer_weights(messages, turns)[1] if targets else 0.0
-            pieces.append(self._text("".join(self._parts(messages[1])) + eos, learned=weight))
+            answer, *images = self._parts(messages[1])
+            if images:
+                raise PromptError(
+                    f"message 1: expected an answer without images, got {len(images)} ('{self.image}' in a text is an "
+                    "image too); put images in the question"
+                )
+            pieces.append(self._text(answer + eos, learned=weight))
         return [*pieces, self._text(continuation, learned=1.0)] if continuation else pieces
 
     def _parts(self, message: Message) -> list[str]:

@@ -23,6 +23,7 @@ from vlm_jax.processors.conversation import (
     given_media,
 )
 from vlm_jax.processors.crops import CropViews
+from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
@@ -122,6 +123,7 @@ class Processor:
       reduction: the token reducer, which `views` takes into account; None for none.
       grouped: rows have `types.Batch.group_ids`: the visual tokens of a place attend to each other in both directions,
         where the prompt does not state the group of its slot.
+      variables: variables of the chat template, of every conversation; those of a call take precedence.
     """
 
     prompt: Prompt
@@ -139,6 +141,7 @@ class Processor:
     reduction: Reduction | None = None
     table_rows: int | None = None
     grouped: bool = False
+    variables: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -223,13 +226,25 @@ class Processor:
         Raises:
           PictureMismatch: a system without pan and scan.
         """
-        if not isinstance(self.views, CropViews):
-            raise PictureMismatch("do_pan_and_scan: this system has no pan and scan; remove the option")
-        views, reduction = dataclasses.replace(self.views, active=do_pan_and_scan), self.reduction
-        if reduction is not None and isinstance(reduction.before, CropViews):
-            before = dataclasses.replace(reduction.before, active=do_pan_and_scan)
-            reduction = dataclasses.replace(reduction, before=before)
+        views, reduction = _panned(self.views, do_pan_and_scan), self.reduction
+        if reduction is not None:
+            reduction = dataclasses.replace(reduction, before=_panned(reduction.before, do_pan_and_scan))
         return dataclasses.replace(self, views=views, reduction=reduction)
+
+    def thinking(self, enable: bool | None) -> "Processor":
+        """The same, whose prompts let the model think first or not; as the chat template does by itself when None.
+
+        Args:
+          enable: value of the template's variable `enable_thinking`, in every conversation.
+
+        Raises:
+          ChatTemplateError, PromptError: the prompts do not depend on this variable.
+        """
+        if enable is None:
+            return self
+        made = dataclasses.replace(self, variables={**self.variables, "enable_thinking": enable})
+        made.measure([{"role": "user", "content": "?"}], name="enable_thinking")
+        return made
 
     def rows(
         self,
@@ -319,6 +334,7 @@ class Processor:
         max_video_tokens: int | None = None,
         frame_sampler: FrameSampler | None = None,
         allow_network: bool = False,
+        do_pan_and_scan: bool | None = None,
         add_generation_prompt: bool | None = None,
         continuation: str = "",
         **variables: object,
@@ -336,6 +352,7 @@ class Processor:
           max_video_tokens: the same for a video.
           frame_sampler: selects frames of video files; the processor's own when None.
           allow_network: whether images and videos with a web address are downloaded.
+          do_pan_and_scan: as in `batch`.
           add_generation_prompt: ends with the start of the answer; when None, only without `targets`.
           continuation: as an entry of `continuations` of `batch`; empty for none.
           **variables: further variables of the chat template.
@@ -368,6 +385,7 @@ class Processor:
             with error_context(f"{name}, video {i}"):
                 parts.append(self.views.sized(video.size).video(clip.frames, clip.fps, max_video_tokens))
         limits = max_visual_tokens, max_video_tokens
+        asked = self if do_pan_and_scan is None else self.panned(do_pan_and_scan)
         sizes = [(picture.height, picture.width) for picture in pictures]
         clip_sizes = [
             VideoSize(len(clip.frames), clip.frames[0].height, clip.frames[0].width, clip.times, clip.duration)
@@ -375,10 +393,10 @@ class Processor:
         ]
         with error_context(name):
             places = (
-                self._image_places(sizes, limits[0], [image.size for image in shown], pictures),
-                self._video_places(clip_sizes, limits[1], [video.size for video in clips], parts),
+                asked._image_places(sizes, limits[0], [image.size for image in shown], pictures),
+                asked._video_places(clip_sizes, limits[1], [video.size for video in clips], parts),
             )
-        return self._example(
+        return asked._example(
             messages,
             *places,
             durations=[_duration(size) for size in clip_sizes],
@@ -403,6 +421,7 @@ class Processor:
         fps: float | int = FRAME_RATE,
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
+        do_pan_and_scan: bool | None = None,
         add_generation_prompt: bool | None = None,
         **variables: object,
     ) -> Load:
@@ -414,6 +433,7 @@ class Processor:
           videos: size of every video; of frames without times, these follow from the rate.
           **variables: as in `example`; the other arguments likewise.
         """
+        asked = self if do_pan_and_scan is None else self.panned(do_pan_and_scan)
         with error_context(name):
             messages, items = read_messages(messages)
             shown = given_media(items, "image", sizes, name)
@@ -423,10 +443,10 @@ class Processor:
                 for size, clip in zip(videos, clips, strict=True)
             ]
             places = (
-                self._image_places(sizes, max_visual_tokens, [image.size for image in shown]),
-                self._video_places(videos, max_video_tokens, [video.size for video in clips]),
+                asked._image_places(sizes, max_visual_tokens, [image.size for image in shown]),
+                asked._video_places(videos, max_video_tokens, [video.size for video in clips]),
             )
-        example = self._example(
+        example = asked._example(
             messages,
             *places,
             durations=[_duration(size) for size in videos],
@@ -548,7 +568,7 @@ class Processor:
                 continuation=continuation,
                 grids=[image.grid for image in images],
                 durations=durations,
-                **variables,
+                **{**self.variables, **variables},
             )
             if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
                 raise PromptError("expected at least one assistant message for training, got none")
@@ -702,6 +722,17 @@ class Processor:
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
+
+
+def _panned(views: Views, active: bool) -> Views:
+    """The views with or without crops; those of other tiles in fewer pixels with the others so."""
+    if isinstance(views, CropViews):
+        return dataclasses.replace(views, active=active)
+    if isinstance(views, DownsampledViews):
+        base = _panned(views.base, active)
+        assert isinstance(base, TiledViews)  # of the same class as before
+        return dataclasses.replace(views, base=base)
+    raise PictureMismatch("do_pan_and_scan: this system has no pan and scan; remove the option")
 
 
 def _in_table(rows: np.ndarray, start: int) -> np.ndarray:

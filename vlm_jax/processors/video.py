@@ -118,7 +118,7 @@ class RateSampler:
         if self.nframes is not None:
             count = max(round(self.nframes / self.multiple) * self.multiple, 1)
             if count > num_frames:
-                raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {self.nframes}")
+                raise _too_few(num_frames, self.nframes)
         else:
             least = math.ceil(self.min_frames / self.multiple) * self.multiple
             wanted = min(max(num_frames / video_fps * self.fps, least), self.max_frames, num_frames)
@@ -183,7 +183,7 @@ class MiddleSampler:
         """Indices of the frames; see `FrameSampler`."""
         count = max(int(num_frames / video_fps * self.fps), 1) if self.nframes is None else self.nframes
         if count > num_frames:
-            raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {count}")
+            raise _too_few(num_frames, count)
         return np.asarray(uniform_frames(num_frames, count))
 
     def following(self, settings: FrameSettings) -> "MiddleSampler":
@@ -222,7 +222,7 @@ class SpreadSampler:
         start, stop = 0, last
         if self.nframes is not None:
             if self.nframes > num_frames:
-                raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {self.nframes}")
+                raise _too_few(num_frames, self.nframes)
             count = self.nframes
         elif duration - 2 > self.max_frames * self.fps:
             start, stop = int(video_fps), min(int(num_frames - video_fps), last)
@@ -271,6 +271,13 @@ def _tell_every_frame() -> None:
     _log.warning(
         "every frame of a video is read, since do_sample_frames of the folder's video processor is false; set nframes "
         "or fps in the item to sample frames"
+    )
+
+
+def _too_few(num_frames: int, wanted: int) -> PictureMismatch:
+    """The error for a video that is shorter than the frames that an item, or the release by default, wants."""
+    return PictureMismatch(
+        f"nframes: expected at most the video's {num_frames} frames, got {wanted}; set nframes or fps in the item"
     )
 
 

@@ -44,6 +44,8 @@ class ServeSettings:
       download_seconds: for a download.
       request_seconds: from a request's arrival to the end of its answer.
       max_budgets: number of different pairs of a token budget and a reducer that requests may use.
+      enable_thinking: whether the model may think first, where its chat template has this variable; the template's
+        default when None.
 
     Raises:
       ConfigError: a value outside its range.
@@ -65,6 +67,7 @@ class ServeSettings:
     download_seconds: Positive = 10.0
     request_seconds: Positive = 600.0
     max_budgets: Count = 8
+    enable_thinking: bool | None = None
 
     def __post_init__(self):
         check_fields(self, "--")
@@ -103,7 +106,8 @@ class Service:
         """Prepares the parameters, and the system with the budget of the server.
 
         Raises:
-          UnsupportedError, ChatTemplateError, TokenizerError: the release has no conversations, or lacks a file.
+          UnsupportedError, ChatTemplateError, TokenizerError: the release has no conversations, or lacks a file, or its
+            template does not read `enable_thinking`.
           InfeasibleBudget, ConfigError: the budget of the settings does not suit the model; or as of
             `ServeSettings.batches_on`.
         """
@@ -148,7 +152,7 @@ class Service:
             return self._systems[key]
 
     def _made(self, tokens: int | None, reducer: str | None, path: str) -> System:
-        system = self._model.system
+        system = self._model.system.thinking(self.settings.enable_thinking)
         if tokens is not None or reducer is not None:
             try:
                 system = with_budget(system, tokens, reducer=reducer, path=path)

@@ -68,6 +68,8 @@ class ReleaseEvaluation:
       text_model: of the reducers that choose by the question: folder of the CLIP whose image tower the release has, or
         its name on the hub; the tower that the release's config names when None.
       question: likewise, which question of a conversation chooses; their own default when None.
+      enable_thinking: whether the model may think first, where its chat template has this variable; the template's
+        default when None.
     """
 
     release: str
@@ -87,6 +89,7 @@ class ReleaseEvaluation:
     compare: str | None = None
     text_model: str | None = None
     question: WhichQuestion | None = None
+    enable_thinking: bool | None = None
 
     def __post_init__(self):
         check_fields(self, "--")
@@ -125,6 +128,7 @@ class ReleaseEvaluation:
         settings = dataclasses.asdict(self)
         unset = [name for name in ("metrics", "text_model", "question") if not settings[name]]
         unset += ["turns"] if self.turns == "last" else []
+        unset += ["enable_thinking"] if self.enable_thinking is None else []
         for name in ("mesh", "parquet", "compare", *unset):
             del settings[name]
         return settings
@@ -164,7 +168,8 @@ class ReleaseRunner:
 
     def __init__(self, settings: ReleaseEvaluation, workdir: epath.PathLike):
         self._settings, self._workdir = settings, epath.Path(workdir)
-        self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
+        system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
+        self._system = system.thinking(settings.enable_thinking)
         asked = settings.reducers, settings.budgets, settings.guidance
         self.points, self.refused = list_release_points(self._system, *asked)
         self._shapes = nn.meta.unbox(self._system.boxed_shapes())

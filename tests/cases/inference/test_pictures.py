@@ -20,10 +20,18 @@ from vlm_jax.processors.smart_resize import bounded_size
 from vlm_jax.processors.split_tiles import SplitViews
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
-from vlm_jax.processors.video import FrameSettings, MiddleSampler, RateSampler, SegmentSampler, read_video
+from vlm_jax.processors.video import (
+    FrameSettings,
+    MiddleSampler,
+    RateSampler,
+    SegmentSampler,
+    SpreadSampler,
+    read_video,
+)
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
+from ...advice import tried
 from ...memory import peak_bytes
 
 
@@ -120,7 +128,7 @@ STATED = [
 
 @pytest.mark.parametrize(("stated", "indices"), STATED)
 def test_10_frames_of_a_file_follow_the_folder(stated, indices):
-    assert _sampler(stated).chosen(48, 8.0).tolist() == indices
+    assert _sampler(stated, "folder").chosen(48, 8.0).tolist() == indices
 
 
 @pytest.mark.parametrize(
@@ -141,8 +149,13 @@ def test_10_frames_of_an_item(settings, count):
 
 
 def test_10_more_frames_than_a_video_has():
-    with pytest.raises(PictureMismatch, match="nframes: expected at most the video's 48 frames, got 50"):
-        RateSampler(nframes=50).chosen(48, 8.0)
+    asked = FrameSettings(nframes=50)
+    for sampler in (RateSampler(nframes=50), MiddleSampler(50), SpreadSampler()):
+        advised = tried("nframes: expected at most the video's {48} frames, got {50}; set nframes or fps in the item")
+        with pytest.raises(PictureMismatch, match=advised):
+            sampler.following(asked).chosen(48, 8.0)
+        for settings in (FrameSettings(nframes=4), FrameSettings(fps=1)):
+            assert len(sampler.following(settings).chosen(48, 8.0)) in (4, 6)
     with pytest.raises(PictureMismatch, match="fps: this system samples a number of frames; set nframes instead"):
         SegmentSampler().following(FrameSettings(fps=1.0))
 

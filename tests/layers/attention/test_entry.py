@@ -326,7 +326,7 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     choose_implementation(x.astype(jnp.bfloat16), x, Context("causal", softcap=50.0))
     assert [record.getMessage() for record in caplog.records] == [
-        "attention on gpu: xla, for a softcap of the logits, which cuDNN's kernel has not"
+        "attention on gpu: xla, for a softcap, which cuDNN's kernel does not support"
     ]
 
 

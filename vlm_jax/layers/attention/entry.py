@@ -101,7 +101,7 @@ def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased:
         return "splash", f"{context.mask_kind} attention inside segments"
     if on == "gpu":
         if context.softcap is not None:
-            return "xla", "a softcap of the logits, which cuDNN's kernel has not"
+            return "xla", "a softcap, which cuDNN's kernel does not support"
         if query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
             return "cudnn", f"heads of {head_dim} in {query.dtype}"
         return "xla", f"heads of {head_dim} in {query.dtype}"

@@ -1,7 +1,5 @@
 """Gemma 4."""
 
-from collections.abc import Mapping
-
 from PIL import Image
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
@@ -56,7 +54,7 @@ def processor(folder: Folder, config: Config) -> Processor:
         texts={"image": f"{start}{image}{end}", "video": f"{{clock}} {start}{video}{end}"},
         between=" ",
     )
-    pad, sampler = pad_id(tokenizer, config), _sampler(video_settings(folder))
+    pad, sampler = pad_id(tokenizer, config), _sampler(folder)
     own = views(folder, config)
     return Processor(prompt, own, tokenizer, pad, grouped=is_grouped(config), frame_sampler=sampler)
 
@@ -84,7 +82,7 @@ def views(folder: Folder, config: Config) -> FilledViews:
         filled_size,
         0,
         settings["max_soft_tokens"] * of_block,
-        video_limits=VideoLimits(0, most, MAX_FRAMES * videos["max_soft_tokens"]),
+        video_limits=VideoLimits(0, most),
         video_parts=True,
         video_pixels=_of_tower(video_pixels(folder, {**settings, "do_normalize": videos["do_normalize"]})),
         budgets=BUDGETS,
@@ -97,10 +95,11 @@ def _of_tower(given: Pixels) -> Pixels:
     return Pixels(mean, tuple(std / 2 for std in given.std), given.resample, given.as_torch)
 
 
-def _sampler(videos: Mapping[str, object]) -> FrameSampler:
+def _sampler(folder: Folder) -> FrameSampler:
     """Selects frames of video files as the folder states."""
+    videos = video_settings(folder)
     if videos.get("fps") is not None and videos.get("num_frames") is not None:
-        raise PretrainedError("video processor: num_frames and fps exclude each other; state one of them")
+        raise PretrainedError(f"{folder}: video processor: num_frames and fps exclude each other; state one of them")
     if videos.get("fps") is not None:
         own: Fields = {"fps": videos["fps"], "min_frames": 1, "max_frames": MAX_FRAMES}
     else:

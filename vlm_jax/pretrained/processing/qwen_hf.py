@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni and Qwen3-VL, and LLaVA-OneVision 1.5, which has their processor."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen2.5-Omni, Qwen3-VL and Qwen3.5, and LLaVA-OneVision 1.5, which has their processor."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -48,6 +48,8 @@ TOKENS: dict[Kind, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 OMNI_NAMES: dict[Kind, tuple[str, str]] = {"image": ("image_token", "<|IMAGE|>"), "video": ("video_token", "<|VIDEO|>")}
 # The template's own tags stay around all parts of a video: processing_qwen3_vl.py, replace_video_token.
 QWEN3_PART = "<{seconds} seconds><|vision_start|><|video_pad|><|vision_end|>"
+# generation_config.json of Qwen3-VL: the end of a turn, and of a text.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
 LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
@@ -129,7 +131,7 @@ def _processor(
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer.names)
     prompt = TemplatePrompt(template, tokenizer, marks=tokens, tokens=tokens, learned=LEARNED, released=released)
-    pad, sampler = pad_id(tokenizer, config), _sampler(video_settings(folder))
+    pad, sampler = pad_id(tokenizer, config), _sampler(video_settings(folder), folder)
     return Processor(prompt, own, tokenizer, pad, rotary_3d=own.rotary_3d, frame_sampler=sampler)
 
 
@@ -176,7 +178,10 @@ def _views(
 
 
 def processor3(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder of Qwen3-VL, which writes the time of every temporal patch of a video."""
+    """The processor of a folder of Qwen3-VL or Qwen3.5, which write the time of every temporal patch of a video.
+
+    An answer ends at the end of a turn too: `config.json` of Qwen3.5 states the end of a text alone.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     prompt = TemplatePrompt(
         ChatTemplate.from_folder(folder, tokenizer.names),
@@ -188,12 +193,20 @@ def processor3(folder: Folder, config: Config) -> Processor:
         learned=LEARNED,
         released=as_released.Qwen25VL(),
     )
-    sampler, pad = _sampler(video_settings(folder), multiple=1, first_of_parts=False), pad_id(tokenizer, config)
-    return Processor(prompt, views3(folder, config), tokenizer, pad, rotary_3d=True, frame_sampler=sampler)
+    sampler, pad = _sampler(video_settings(folder), folder, multiple=1, first_of_parts=False), pad_id(tokenizer, config)
+    return Processor(
+        prompt,
+        views3(folder, config),
+        tokenizer,
+        pad,
+        rotary_3d=True,
+        end_tokens=tuple(token for token in END_TOKENS if tokenizer.vocabulary.id_of(token) is not None),
+        frame_sampler=sampler,
+    )
 
 
 def views3(folder: Folder, config: Config) -> NativeViews:
-    """Views of a folder of Qwen3-VL: every temporal patch of a video is a part of its own."""
+    """Views of a folder of Qwen3-VL or Qwen3.5: every temporal patch of a video is a part of its own."""
     del config
     settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
@@ -212,12 +225,12 @@ def views3(folder: Folder, config: Config) -> NativeViews:
     )
 
 
-def _sampler(videos: Config, **rounding: Any) -> FrameSampler:
+def _sampler(videos: Config, folder: Folder, **rounding: Any) -> FrameSampler:
     """Selects frames of video files as the folder states, by default as qwen-vl-utils does; `rounding` for others."""
     names = {"fps": "fps", "num_frames": "nframes", "min_frames": "min_frames", "max_frames": "max_frames"}
     given: Fields = {name: videos[key] for key, name in names.items() if key in videos}
     if "nframes" in given and "fps" in given:
-        raise PretrainedError("video processor: num_frames and fps exclude each other; state one of them")
+        raise PretrainedError(f"{folder}: video processor: num_frames and fps exclude each other; state one of them")
     stated = videos.get("do_sample_frames")
     released = {"multiple": videos.get("temporal_patch_size", 2), "first_of_parts": stated is not None}
     sampler = RateSampler(**given, **(rounding or released))
