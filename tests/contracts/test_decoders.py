@@ -79,6 +79,10 @@ OPTIONS = {
         },
     ),
 }
+OPTIONS["hybrid with experts"] = (
+    "hybrid",
+    {"norm_epsilon": 0.1, "expert_dim": 8, "num_experts": 4, "num_selected": 2},
+)
 OPTIONS["mixed with a local block, experts beside feed-forwards, a cap and values of keys"] = (
     "mixed",
     {

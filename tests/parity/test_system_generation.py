@@ -57,6 +57,7 @@ from .systems import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -86,6 +87,7 @@ SYSTEMS = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_5,
+    qwen3_5_moe,
     qwen2_5_omni,
     qwen2_5_omni_thinker,
     qwen3_vl,
@@ -96,7 +98,7 @@ SYSTEMS = (
 
 VIDEOS = (
     *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_5"),
-    *("qwen3_vl", "qwen3_vl_moe"),
+    *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     "smolvlm",
 )
 
