@@ -108,8 +108,9 @@ def qwen3_5_text(
         **sizes,
         **dtypes,
     )
+    separate = f"{names.trunk}layers.0.mlp.experts.0.down_proj.weight" in checkpoint
     rules = (
-        *prefixed(_trunk_rules(decoder, head_dim), names.trunk),
+        *prefixed(_trunk_rules(decoder, head_dim, separate), names.trunk),
         *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
     )
     return LanguageModel(decoder, rules, (r"mtp\..*", rf"{re.escape(names.trunk)}rotary_emb\..*inv_freq"))
@@ -179,12 +180,12 @@ def _rotary(settings: Config, head_dim: int, where: str) -> tuple[Fields, int]:
     return {**settings, key: found, "partial_rotary_factor": None}, dim
 
 
-def _trunk_rules(decoder: Hybrid, head_dim: int) -> tuple[Rule, ...]:
-    """Blocks and final norm, after `model.`."""
+def _trunk_rules(decoder: Hybrid, head_dim: int, separate: bool) -> tuple[Rule, ...]:
+    """Blocks and final norm, after `model.`; `separate` as in `block_rules`."""
     rules = [*rms_norm("norm", "final_norm")]
     for name, layers in decoder.stacks():
         target, where = f"{name}/layers", {"layer": layers}
-        rules += maps.block_rules(target, where, decoder.expert_dim)
+        rules += maps.block_rules(target, where, decoder.expert_dim, separate=separate)
         if name.startswith("delta"):
             widths = {
                 "keys": decoder.num_key_heads * decoder.key_dim,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.checkpoints.maps.torch_layers import Where, linear, rms_norm, stacked_experts
-from vlm_jax.checkpoints.ops import LINEAR, Chain, Parallel, Permute, Reshape, Split, Transpose
+from vlm_jax.checkpoints.ops import LINEAR, Chain, Parallel, Permute, Reshape, Split
 from vlm_jax.checkpoints.rules import Rule
 
 _NORMS = {

@@ -96,6 +96,19 @@ def stacked_experts(source: str, target: str, expert_dim: int, *, where: Where |
     )
 
 
+def separate_experts(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
+    """Experts in three linear layers each -> `Experts`.
+
+    Args:
+      source, target: names of all experts.
+      where: the layers.
+    """
+    return tuple(
+        Rule(f"{source}.{{expert}}.{name}_proj.weight", f"{target}/{name}", LINEAR, where or {})
+        for name in ("gate", "up", "down")
+    )
+
+
 def rms_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
     """An RMSNorm, which has only a weight -> `Norm`."""
     return (Rule(f"{source}.weight", f"{target}/scale", where=where or {}),)

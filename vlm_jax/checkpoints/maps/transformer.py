@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm, stacked_experts
+from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm, separate_experts, stacked_experts
 from vlm_jax.checkpoints.ops import IDENTITY, LINEAR, Shared, Split, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
@@ -53,9 +53,7 @@ def _experts_rules(expert_dim: int, stored: Experts) -> tuple[Rule, ...]:
     theirs, ours = f"{_BLOCK}.mlp", f"{_OURS}/mlp"
     router = Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR)
     if stored == "separate":
-        names = ("gate", "up", "down")
-        own = (Rule(f"{theirs}.experts.{{expert}}.{one}_proj.weight", f"{ours}/experts/{one}", LINEAR) for one in names)
-        return router, *own
+        return router, *separate_experts(f"{theirs}.experts", f"{ours}/experts")
     if stored == "stacked_out_first":
         return router, *stacked_experts(f"{theirs}.experts", f"{ours}/experts", expert_dim)
     both = (f"{ours}/experts/gate", f"{ours}/experts/up")
