@@ -89,8 +89,8 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
-        "Qwen3.5",
-        ("qwen3_5", "qwen3_5_vision"),
+        "Qwen3.5, dense and with experts",
+        ("qwen3_5", "qwen3_5_vision", "qwen3_5_moe", "qwen3_5_moe_vision"),
         "native resolution, merger, partial interleaved M-RoPE, times of videos, Gated DeltaNet and gated attention",
         live="conversation (a video too) to answer, and back",
     ),
@@ -181,7 +181,7 @@ ROWS = (
         (
             *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_5_text"),
             *("qwen3_vl_text", "qwen3_vl_moe_text", "internlm2", "deepseek_v2", "LLaVAOneVision1_5_text"),
-            *("gemma", "gemma2", "gemma3_text", "gemma4_text", "qwen2_5_omni_text"),
+            *("gemma", "gemma2", "gemma3_text", "gemma4_text", "qwen2_5_omni_text", "qwen3_5_moe_text"),
         ),
         "only the language model",
         "InternLM2 inside InternVL",

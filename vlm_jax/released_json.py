@@ -141,7 +141,8 @@ FORMS: dict[str, Form] = _table(
         tokens_per_second in_channels in_chans prompt_embed_dim num_position_embeddings scale_factor
         text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size dim
         full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim
-        linear_value_head_dim linear_num_key_heads linear_num_value_heads num_kv_heads""",
+        linear_value_head_dim linear_num_key_heads linear_num_value_heads num_kv_heads
+        shared_expert_intermediate_size""",
     ),
     (
         COUNT | NULL,

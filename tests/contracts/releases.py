@@ -319,6 +319,43 @@ FOLDERS = {
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
     ),
+    "qwen3_5_moe": Folder(
+        {
+            "model_type": "qwen3_5_moe",
+            "vision_config": {
+                **QWEN_TOWER,
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 25,
+            },
+            "text_config": {
+                **QWEN_TEXT,
+                "model_type": "qwen3_5_moe_text",
+                "head_dim": 16,
+                "layer_types": ["full_attention", "full_attention", "linear_attention"],
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "partial_rotary_factor": 0.5,
+                "moe_intermediate_size": 12,
+                "shared_expert_intermediate_size": 20,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            **HEAD,
+        },
+        names={
+            "model.visual.patch_embed.proj.weight": (1,),
+            "model.language_model.embed_tokens.weight": (1, 1),
+            "lm_head.weight": (1, 1),
+        },
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
     "llavaonevision1_5": Folder(
         {
             "model_type": "llavaonevision1_5",

@@ -79,6 +79,10 @@ OPTIONS = {
         },
     ),
 }
+OPTIONS["hybrid with experts"] = (
+    "hybrid",
+    {"norm_epsilon": 0.1, "expert_dim": 8, "num_experts": 4, "num_selected": 2},
+)
 OPTIONS["mixed with a local block, experts beside feed-forwards, a cap and values of keys"] = (
     "mixed",
     {
@@ -256,6 +260,14 @@ def test_visual_tokens_are_ranked_by_a_layer_with_attention():
     with pytest.raises(ConfigError, match=advice):
         small(DECODERS["hybrid"], **fields, drops=(Drop(1, 4, 0),))
     assert small(DECODERS["hybrid"], **fields, drops=(Drop(2, 4, 1),)).drops
+
+
+def test_numbers_of_experts_of_a_hybrid_without_experts_are_refused():
+    with pytest.raises(
+        ValueError, match=tried("num_experts and num_selected are not read without experts; set expert_dim")
+    ):
+        small(DECODERS["hybrid"], num_selected=2)
+    assert small(DECODERS["hybrid"], num_selected=2, num_experts=4, expert_dim=8).num_selected == 2
 
 
 @every_kind

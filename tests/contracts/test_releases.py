@@ -82,6 +82,7 @@ TOKENS = {
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
     "qwen3_5": (10, 1),
+    "qwen3_5_moe": (10, 1),
     "qwen3_vl": (10, 1),
     "smolvlm": (16, 3),
 }
@@ -89,14 +90,14 @@ TOKENS = {
 PARTS = dict.fromkeys(("DeepseekOCR2", "deepseek_ocr", "deepseek_ocr2"), (4, 4))
 PACKED = (
     *("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
-    "qwen3_vl",
+    *("qwen3_5_moe", "qwen3_vl"),
 )
 # What is refused, and a part of the message.
 _JOINED = (*PARTS, "deepseek_vl_hybrid", "prismatic")  # towers of two encoders
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
-    ("qwen3_5", "pyramid_drop"): "which are gated delta layers",
+    **{(name, "pyramid_drop"): "which are gated delta layers" for name in ("qwen3_5", "qwen3_5_moe")},
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
     ("prismatic", "downsample_image"): "Hybrid",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},

@@ -15,6 +15,7 @@ from vlm_jax.layers.scan import LOSSES
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
+from ..advice import tried
 from ..parameters import drawn
 
 BATCH, LENGTH, WIDTH, HIDDEN, SHARED = 8, 6, 10, 8, 12
@@ -22,8 +23,8 @@ ROUTER = {"num_experts": 8, "num_selected": 3, "normalize": True, "scale": 1.5}
 
 
 @functools.cache
-def made(shared=SHARED):
-    module = MixtureOfExperts(HIDDEN, shared, ROUTER)
+def made(shared=SHARED, gate=False):
+    module = MixtureOfExperts(HIDDEN, shared, ROUTER, shared_gate=gate)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
     boxed = drawn(jax.eval_shape(module.init, jax.random.key(0), x))
     return module, boxed, x
@@ -34,9 +35,9 @@ def gated(x, gate, up, down):
     return (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down
 
 
-@pytest.mark.parametrize("shared", [SHARED, 0])
-def test_a_token_is_the_weighted_sum_of_its_experts_and_the_shared_one(shared):
-    module, boxed, x = made(shared)
+@pytest.mark.parametrize(("shared", "gate"), [(SHARED, False), (SHARED, True), (0, False)])
+def test_a_token_is_the_weighted_sum_of_its_experts_and_the_shared_one(shared, gate):
+    module, boxed, x = made(shared, gate)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nn.meta.unbox(boxed)["params"])
     got = jax.jit(module.apply)(boxed, x)
     for b, t in np.ndindex(BATCH, LENGTH):
@@ -53,14 +54,25 @@ def test_a_token_is_the_weighted_sum_of_its_experts_and_the_shared_one(shared):
             for e in chosen
         )
         if shared:
-            expected = expected + gated(token, *(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+            weight = 1 / (1 + np.exp(-token @ params["shared_gate"]["kernel"])) if gate else 1
+            own = gated(token, *(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+            expected = expected + weight * own
         np.testing.assert_allclose(got[b, t], expected, atol=1e-5)
 
 
-def test_counted_flops_are_those_of_the_selected_experts():
-    module, boxed, x = made()
+def test_a_gate_needs_a_shared_feed_forward():
+    module, _, x = made(0)
+    with pytest.raises(ValueError, match=tried("got shared_dim 0; set shared_dim")):
+        jax.eval_shape(module.clone(shared_gate=True).init, jax.random.key(0), x)
+    shapes = jax.eval_shape(module.clone(shared_gate=True, shared_dim=4).init, jax.random.key(0), x)
+    assert nn.meta.unbox(shapes)["params"]["shared_gate"]["kernel"].shape == (WIDTH, 1)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_counted_flops_are_those_of_the_selected_experts(gate):
+    module, boxed, x = made(gate=gate)
     tokens = BATCH * LENGTH
-    expected = 2 * tokens * (WIDTH * 8 + 3 * 3 * WIDTH * HIDDEN + 3 * WIDTH * SHARED)
+    expected = 2 * tokens * (WIDTH * 8 + 3 * 3 * WIDTH * HIDDEN + 3 * WIDTH * SHARED + gate * WIDTH)
     assert count_flops(module.apply, boxed, x) == expected
     # A step back takes each product twice, once for what it read and once for its kernel.
     back = count_flops(jax.grad(lambda p, x: module.apply(p, x).sum(), argnums=(0, 1)), nn.meta.unbox(boxed), x)
@@ -109,7 +121,7 @@ def test_no_expert_is_computed_for_tokens_that_it_was_not_given(sizes, monkeypat
     ids=str,
 )
 def test_sharded_equals_unsharded_with_its_gradients(sizes, shares):
-    module, boxed, x = made()
+    module, boxed, x = made(gate=True)
     mesh = make_mesh(MeshSettings(**sizes))
 
     def loss(variables, x):

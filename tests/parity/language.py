@@ -196,6 +196,10 @@ MODELS = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3_5 with experts": (
+        transformers.Qwen3_5MoeForCausalLM,
+        {**QWEN3_5, **EXPERTS, "shared_expert_intermediate_size": 20},
+    ),
     "qwen3 with experts": (transformers.Qwen3MoeForCausalLM, {"head_dim": 12, "norm_topk_prob": True, **EXPERTS}),
     "qwen3 with experts, weights as scored": (transformers.Qwen3MoeForCausalLM, EXPERTS),
 }

@@ -57,6 +57,7 @@ from .systems import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -86,6 +87,7 @@ SYSTEMS = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_5,
+    qwen3_5_moe,
     qwen2_5_omni,
     qwen2_5_omni_thinker,
     qwen3_vl,
@@ -96,7 +98,7 @@ SYSTEMS = (
 
 VIDEOS = (
     *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_5"),
-    *("qwen3_vl", "qwen3_vl_moe"),
+    *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     "smolvlm",
 )
 
@@ -276,6 +278,32 @@ def test_experts_as_the_release_stores_them(system, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, vlm_jax.from_pretrained(tmp_path).params, ours.params)
     for name, tensor in type(model).from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("system", (qwen3_5_moe,), indirect=True, ids=lambda made: made.__name__)
+def test_experts_in_two_tensors_as_released(system, tmp_path):
+    """As [expert, out, in], gate before up; transformers reads them as they are, and writes tensors of each expert."""
+    _, model, ours = system
+    tensors = load_file(ours.folder / "model.safetensors")
+    separate = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    assert len(separate) == 3 * 4 * 3 and not any(name.endswith("gate_up_proj") for name in separate)
+    for name in {name.partition("experts.")[0] + "experts" for name in separate}:
+        gate, up, down = (
+            np.stack([separate[f"{name}.{expert}.{part}_proj.weight"] for expert in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{name}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{name}.down_proj": down}
+    shutil.copytree(ours.folder, tmp_path, dirs_exist_ok=True)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    read = vlm_jax.from_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, read.params, ours.params)
+    for name, tensor in type(model).from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    read.save_pretrained(tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor)
 
 
 @pytest.mark.parametrize("system", (llava_next, qwen2_5_vl), indirect=True, ids=lambda made: made.__name__)

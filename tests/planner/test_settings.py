@@ -1,5 +1,8 @@
 """Configs of included releases, completed without data, and the systems that they describe."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,9 +10,10 @@ import pytest
 from configs import siglip_digits
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.planner.settings import planned, visible_share
+from vlm_jax.planner.settings import has_experts, planned, visible_share
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.train import finetuning
@@ -78,6 +82,26 @@ def test_masks_of_a_decoder_leave_a_share_of_all_pairs(config):
     both = [causal & (ahead < window) for window in (5, 40)]
     assert visible_share(windowed, length) == pytest.approx(np.mean(both))
     assert visible_share(build(siglip_digits.get_config()).system.model, length) == 1
+
+
+def test_a_release_with_experts_has_their_axis_and_the_products_of_the_selected_ones():
+    """35B-A3B: 40 layers, of 256 experts of 512 channels 8 to a token of 2048, and a shared one."""
+    _, experiment = planned(of_release("Qwen/Qwen3.5-35B-A3B"), 8)
+    assert has_experts(experiment.system)
+    tokens, decoder = 64, experiment.system.model.decoder
+    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    given = jax.ShapeDtypeStruct((1, tokens, decoder.width), jnp.float32), row, row
+    params = jax.eval_shape(decoder.init, jax.random.key(0), *given)
+
+    @functools.cache
+    def flops(selected):
+        return count_flops(decoder.clone(num_selected=selected).apply, params, *given)
+
+    expert = 2 * tokens * 40 * 3 * 2048 * 512
+    assert flops(9) - flops(8) == expert and decoder.num_selected == 8
+    # 3B active parameters by the name, with the table and the head, which are not in the blocks.
+    active = flops(8) / (2 * tokens) + 2 * decoder.vocab_size * decoder.width
+    assert active == pytest.approx(3.46e9, rel=0.05)
 
 
 def test_two_towers_have_their_own_inputs():

@@ -72,6 +72,9 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen3.5-4B": (4_539_265_536, 0),
     "Qwen/Qwen3.5-9B": (9_409_813_744, 0),
     "Qwen/Qwen3.5-27B": (27_356_728_560, 0),
+    "Qwen/Qwen3.5-35B-A3B": (35_107_181_936, 0),
+    "Qwen/Qwen3.5-122B-A10B": (122_562_817_776, 0),
+    "Qwen/Qwen3.5-397B-A17B": (396_802_360_816, 0),
     # By the size of its files; CLIP's own patch convolution is not used.
     "deepseek-ai/DeepSeek-OCR": (3_336_106_240, 602_112),
     "deepseek-ai/DeepSeek-OCR-2": (3_389_119_360, 0),  # of its class in transformers

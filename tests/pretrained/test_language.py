@@ -282,6 +282,27 @@ def test_the_layers_of_qwen3_5_follow_the_config():
             language_model({**text, **more}, {}, "config", **DTYPES)
 
 
+def test_the_experts_of_qwen3_5_follow_the_config():
+    """The width of the shared expert is its own; every layer has experts, so there is no `intermediate_size`."""
+    experts = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 12}
+    experts |= {"num_experts": 6, "num_experts_per_tok": 2}
+    text = {**TINY, "model_type": "qwen3_5_moe_text", "intermediate_size": None, **experts}
+    decoder = language_model(text, {}, "config", **DTYPES).decoder
+    assert (decoder.mlp_dim, decoder.expert_dim, decoder.num_experts, decoder.num_selected) == (12, 8, 6, 2)
+    stored = {"model.layers.0.mlp.experts.0.down_proj.weight": np.zeros((1, 1), np.float32)}
+    for checkpoint, source in (({}, "experts.gate_up_proj"), (stored, "experts.{expert}.gate_proj.weight")):
+        rules = language_model(text, checkpoint, "config", **DTYPES).rules
+        assert any(key.endswith(source) for rule in rules for key in rule.sources)
+    for more, told in (
+        ({"num_experts_per_tok": 7}, "config.num_experts_per_tok: expected at most num_experts, 6, got 7"),
+        ({"num_experts": None}, "config.num_experts: expected a positive integer, got None"),
+        ({"moe_intermediate_size": 0}, "config.moe_intermediate_size: expected a positive integer, got 0"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: expected a positive integer, got 0"),
+    ):
+        with pytest.raises(PretrainedError, match=told):
+            language_model({**text, **more}, {}, "config", **DTYPES)
+
+
 def test_biases_of_the_classes_that_have_a_switch():
     both = {"attention_bias": True, "mlp_bias": True}
     for kind, more, expected in (

@@ -35,7 +35,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
       width: residual width D.
       depth: number of blocks.
       num_heads, num_kv_heads: heads of attention.
-      mlp_dim: hidden width of the gated feed-forward.
+      mlp_dim: hidden width of the gated feed-forward; with experts of the shared one, which has a gate.
       mixers: kind of every layer.
       num_key_heads, num_value_heads, key_dim, value_dim, window: as in `GatedDelta`.
       activation: of the gates and after convolutions, a name of `layers.mlp.ACTIVATIONS`.
@@ -44,6 +44,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
       rope: how positions become rotary angles.
       norm_epsilon: epsilon of every RMSNorm.
       qkv_bias, out_bias: biases of attention, as in `Transformer`.
+      expert_dim, num_experts, num_selected: as in `Transformer`; weights of a token's experts are normalised.
       tie_embeddings: computes logits with the embedding table instead of a separate head.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
@@ -51,10 +52,11 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
       param_dtype: dtype of the stored parameters.
 
     Raises:
-      ValueError: `mixers` of another number than the layers.
+      ValueError: `mixers` of another number than the layers, or numbers of experts without experts.
       ConfigError: tokens are ranked by a layer without attention.
 
-    Source: Yang et al. 2025 (Gated DeltaNet), section 3.4; transformers, models/qwen3_5, for gated attention.
+    Source: Yang et al. 2025 (Gated DeltaNet), section 3.4; transformers, models/qwen3_5, for gated attention,
+    and models/qwen3_5_moe, for experts.
     """
 
     vocab_size: Size
@@ -76,6 +78,9 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     window: Size = 4
+    expert_dim: Size | None = None
+    num_experts: Size = 1
+    num_selected: Size = 1
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
@@ -86,6 +91,8 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
     def __post_init__(self):
         if len(self.mixers) != self.depth:
             raise ValueError(f"mixers: expected one for each of {self.depth} layers, got {len(self.mixers)}")
+        if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
+            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
         wrong = [drop.ranked_by for drop in self.drops if self.mixers[drop.ranked_by] != "attention"]
         if wrong:
             known = [number for number, kind in enumerate(self.mixers) if kind == "attention"]
@@ -127,7 +134,20 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
             "qk_norm": "rms_from_one",
             "gated_attention": True,
             "delta": self._delta() if kind == "delta" else None,
+            "experts": self._experts(),
         }
+
+    def _experts(self) -> Fields | None:
+        """Arguments of a `MixtureOfExperts`."""
+        if self.expert_dim is None:
+            return None
+        router = {
+            "num_experts": self.num_experts,
+            "num_selected": self.num_selected,
+            "normalize": True,
+            "balance_weight": 0.0,
+        }
+        return {"hidden_dim": self.expert_dim, "shared_dim": self.mlp_dim, "shared_gate": True, "router": router}
 
     def _delta(self) -> Fields:
         """Arguments of a `GatedDelta`."""

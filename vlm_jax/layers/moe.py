@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import with_axes
+from vlm_jax.layers.dense import Dense, with_axes
 from vlm_jax.layers.grouped import Dot, by_group
 from vlm_jax.layers.mesh_axes import active_mesh, spec_of
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
@@ -33,28 +33,38 @@ class MixtureOfExperts(nn.Module):
       shared_dim: hidden width of the shared feed-forward, which has no routing weight; 0 for none.
       router: keyword arguments of `Router`.
       activation: a name of `ACTIVATIONS`.
+      shared_gate: multiplies the shared feed-forward of a token by sigmoid(a learned product with the token).
       dtype: dtype of the experts' products; the router and the sum of the experts are float32.
       param_dtype: dtype of the stored parameters.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V2), eq. 20 to 22.
+    Raises:
+      ValueError: a gate without a shared feed-forward.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), eq. 20 to 22; transformers, models/qwen2_moe, for the shared gate.
     """
 
     hidden_dim: int
     shared_dim: int
     router: Config
     activation: str = "silu"
+    shared_gate: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.shared_gate and not self.shared_dim:
+            raise ValueError("shared_gate: expected a shared feed-forward, got shared_dim 0; set shared_dim")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         routing = Router(name="router", param_dtype=self.param_dtype, **self.router)(x)
         experts = Experts(self.router["num_experts"], self.hidden_dim, self.activation, name="experts", **settings)
         out = experts(x, routing)
         if self.shared_dim:
-            shared = Mlp(self.shared_dim, self.activation, gated=True, use_bias=False, name="shared", **settings)
-            out = out + shared(x)
+            shared = Mlp(self.shared_dim, self.activation, gated=True, use_bias=False, name="shared", **settings)(x)
+            if self.shared_gate:
+                gate = Dense(1, (axes.EMBED, axes.CLASSES), use_bias=False, name="shared_gate", **settings)(x)
+                shared = shared * jax.nn.sigmoid(gate)
+            out = out + shared
         return out
 
 

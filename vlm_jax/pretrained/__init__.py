@@ -124,6 +124,8 @@ _OWN: Mapping[str, Family] = {
     "qwen2_5_vl": qwen2_vl.describe,
     "qwen2_5_vl_vision": qwen2_vl.describe,
     "qwen3_5": qwen3_5.describe,
+    "qwen3_5_moe": qwen3_5.describe,
+    "qwen3_5_moe_vision": qwen3_5.describe,
     "qwen3_5_vision": qwen3_5.describe,
     "qwen3_vl": qwen3_vl.describe,
     "qwen3_vl_moe": qwen3_vl.describe,

@@ -41,7 +41,8 @@ def text_sizes(settings: Config, where: str) -> tuple[int, int, int]:
       PretrainedError: sizes that are not positive integers, or heads that do not divide each other or the width.
     """
     optional = {key: settings[key] for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None}
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    needed += ("intermediate_size",) if "intermediate_size" in settings else ()  # none where every layer has experts
     sizes = {key: settings[key] for key in needed} | optional
     wrong = {key: size for key, size in sizes.items() if type(size) is not int or size < 1}
     if wrong:

@@ -67,6 +67,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl": _QWEN2_VL,
     "qwen2_vl": _QWEN2_VL,
     "qwen3_5": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
+    "qwen3_5_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "qwen3_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "qwen3_vl_moe": ("model.visual.patch_embed.proj.weight", "model.language_model.embed_tokens.weight"),
     "smolvlm": _IDEFICS3,

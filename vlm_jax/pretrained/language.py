@@ -33,7 +33,7 @@ from vlm_jax.pretrained.llama import (
     qwen3_vl,
 )
 from vlm_jax.pretrained.qwen import qwen
-from vlm_jax.pretrained.qwen3_5_text import qwen3_5_text
+from vlm_jax.pretrained.qwen3_5_text import qwen3_5_moe_text, qwen3_5_text
 from vlm_jax.types import Batch, Config, Dtype
 
 # Model type of a released config -> its function, with the arguments of `language_model`.
@@ -55,6 +55,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_vl_text": qwen2_vl,
     "qwen3": qwen3,
+    "qwen3_5_moe_text": qwen3_5_moe_text,
     "qwen3_5_text": qwen3_5_text,
     "qwen3_moe": qwen3_moe,
     "qwen3_vl_moe_text": qwen3_vl,

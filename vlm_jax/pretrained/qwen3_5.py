@@ -1,4 +1,4 @@
-"""Qwen3.5: Qwen3-VL's tower without levels and its merger, with or without the language model."""
+"""Qwen3.5, dense and with experts: Qwen3-VL's tower without levels, its merger, and the language model if any."""
 
 from collections.abc import Mapping
 

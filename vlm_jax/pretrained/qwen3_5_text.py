@@ -1,4 +1,4 @@
-"""The language model of Qwen3.5, whose layers are of two kinds."""
+"""The language models of Qwen3.5, dense and with experts, whose layers are of two kinds."""
 
 import re
 from collections.abc import Mapping
@@ -44,27 +44,45 @@ DEFAULTS: Fields = {
     **ROPE_DEFAULTS,
     "partial_rotary_factor": 0.25,
 }
+# The same of models/qwen3_5_moe, Qwen3_5MoeTextConfig.
+MOE_DEFAULTS: Fields = {
+    **{key: value for key, value in DEFAULTS.items() if key != "intermediate_size"},
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
 SECTIONS = (11, 11, 10)
 _MIXERS: dict[str, Literal["attention", "delta"]] = {"full_attention": "attention", "linear_attention": "delta"}
 
 
 def qwen3_5_text(
-    config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
+    config: Config,
+    checkpoint: Mapping[str, SourceTensor],
+    where: str,
+    *,
+    names: Names,
+    defaults: Config = DEFAULTS,
+    **dtypes: Dtype,
 ) -> LanguageModel:
     """The language model of Qwen3.5; layers that predict several tokens (`mtp`) are not read, as in transformers.
 
     Raises:
       PretrainedError: unsupported settings, or a tied head that differs from the table.
     """
-    read = {key: value for key, value in config.items() if key in DEFAULTS}
-    settings = with_defaults(read, DEFAULTS, where)
+    read = {key: value for key, value in config.items() if key in defaults}
+    settings = with_defaults(read, defaults, where)
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "attention_bias": (True, False)}, where)
     tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
-    delta = {ours: settings[key] for ours, key in _DELTA.items()}
-    wrong = {_DELTA[name]: size for name, size in delta.items() if type(size) is not int or size < 1}
-    if wrong:
-        messages = (f"{where}.{key}: expected a positive integer, got {size!r}" for key, size in wrong.items())
-        raise PretrainedError("\n".join(messages))
+    sizes = _positive(settings, {**_DELTA, **(_EXPERTS if "num_experts" in settings else _DENSE)}, where)
+    if "num_experts" in sizes and sizes["num_selected"] > sizes["num_experts"]:
+        raise PretrainedError(
+            f"{where}.num_experts_per_tok: expected at most num_experts, {sizes['num_experts']}, got "
+            f"{sizes['num_selected']}"
+        )
     keys, values = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
     if values % keys:
         raise PretrainedError(
@@ -78,7 +96,6 @@ def qwen3_5_text(
         depth=settings["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
-        mlp_dim=settings["intermediate_size"],
         mixers=_mixers(settings, where),
         activation=ACTIVATIONS[settings["hidden_act"]],
         head_dim=head_dim,
@@ -88,16 +105,25 @@ def qwen3_5_text(
         qkv_bias=bias,
         out_bias=bias,
         tie_embeddings=tied,
-        **delta,
+        **sizes,
         **dtypes,
     )
+    separate = f"{names.trunk}layers.0.mlp.experts.0.down_proj.weight" in checkpoint
     rules = (
-        *prefixed(_trunk_rules(decoder, head_dim), names.trunk),
+        *prefixed(_trunk_rules(decoder, head_dim, separate), names.trunk),
         *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
     )
     return LanguageModel(decoder, rules, (r"mtp\..*", rf"{re.escape(names.trunk)}rotary_emb\..*inv_freq"))
 
 
+def qwen3_5_moe_text(
+    config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
+) -> LanguageModel:
+    """The same with experts in every layer, and one that all tokens share."""
+    return qwen3_5_text(config, checkpoint, where, names=names, defaults=MOE_DEFAULTS, **dtypes)
+
+
+# Field of `Hybrid` -> key of a config.
 _DELTA = {
     "num_key_heads": "linear_num_key_heads",
     "num_value_heads": "linear_num_value_heads",
@@ -105,6 +131,22 @@ _DELTA = {
     "value_dim": "linear_value_head_dim",
     "window": "linear_conv_kernel_dim",
 }
+_DENSE = {"mlp_dim": "intermediate_size"}
+_EXPERTS = {
+    "mlp_dim": "shared_expert_intermediate_size",
+    "expert_dim": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "num_selected": "num_experts_per_tok",
+}
+
+
+def _positive(settings: Config, names: Mapping[str, str], where: str) -> dict[str, int]:
+    """Field -> size; a PretrainedError names all keys whose sizes are not positive integers."""
+    wrong = {key: settings[key] for key in names.values() if type(settings[key]) is not int or settings[key] < 1}
+    if wrong:
+        messages = (f"{where}.{key}: expected a positive integer, got {size!r}" for key, size in wrong.items())
+        raise PretrainedError("\n".join(messages))
+    return {field: settings[key] for field, key in names.items()}
 
 
 def _mixers(settings: Config, where: str) -> tuple[Literal["attention", "delta"], ...]:
@@ -138,12 +180,12 @@ def _rotary(settings: Config, head_dim: int, where: str) -> tuple[Fields, int]:
     return {**settings, key: found, "partial_rotary_factor": None}, dim
 
 
-def _trunk_rules(decoder: Hybrid, head_dim: int) -> tuple[Rule, ...]:
-    """Blocks and final norm, after `model.`."""
+def _trunk_rules(decoder: Hybrid, head_dim: int, separate: bool) -> tuple[Rule, ...]:
+    """Blocks and final norm, after `model.`; `separate` as in `block_rules`."""
     rules = [*rms_norm("norm", "final_norm")]
     for name, layers in decoder.stacks():
         target, where = f"{name}/layers", {"layer": layers}
-        rules += maps.block_rules(target, where)
+        rules += maps.block_rules(target, where, decoder.expert_dim, separate=separate)
         if name.startswith("delta"):
             widths = {
                 "keys": decoder.num_key_heads * decoder.key_dim,

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_jax.checkpoints.maps.torch_layers import Where, linear, rms_norm
-from vlm_jax.checkpoints.ops import LINEAR, Chain, Parallel, Permute, Reshape, Split, Transpose
+from vlm_jax.checkpoints.maps.torch_layers import Where, linear, rms_norm, stacked_experts
+from vlm_jax.checkpoints.ops import LINEAR, Chain, Parallel, Permute, Reshape, Split
 from vlm_jax.checkpoints.rules import Rule
 
 _NORMS = {
@@ -72,14 +72,11 @@ def block_rules(target: str, layers: Sequence[int], *, value: bool, bias: bool) 
 def expert_rules(target: str, layers: Sequence[int], expert_dim: int) -> tuple[Rule, ...]:
     """The experts beside the feed-forwards of some blocks; arguments as in `block_rules`."""
     block, where, ours = "layers.{layer}", {"layer": layers}, f"{target}/experts_beside"
-    turned, both = Transpose((0, 2, 1)), (f"{ours}/experts/gate", f"{ours}/experts/up")
-    halves = Chain(turned, Split(2, (expert_dim, expert_dim)))
     return (
         *linear(f"{block}.router.proj", f"{ours}/router", bias=False, where=where),
         Rule(f"{block}.router.scale", f"{ours}/router_scale", where=where),
         Rule(f"{block}.router.per_expert_scale", f"{ours}/expert_scale", where=where),
-        Rule(f"{block}.experts.gate_up_proj", both, halves, where=where),
-        Rule(f"{block}.experts.down_proj", f"{ours}/experts/down", turned, where=where),
+        *stacked_experts(f"{block}.experts", f"{ours}/experts", expert_dim, where=where),
         *rms_norm(f"{block}.post_feedforward_layernorm_1", f"{target}/mlp_own_norm", where=where),
         *rms_norm(f"{block}.pre_feedforward_layernorm_2", f"{ours}/norm", where=where),
         *rms_norm(f"{block}.post_feedforward_layernorm_2", f"{ours}/post_norm", where=where),

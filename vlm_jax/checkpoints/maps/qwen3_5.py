@@ -1,25 +1,35 @@
 """Qwen3.5's language models, under the names of their release and of transformers."""
 
-from vlm_jax.checkpoints.maps.torch_layers import Where, linear, rms_norm
+from vlm_jax.checkpoints.maps.torch_layers import Where, linear, rms_norm, separate_experts, stacked_experts
 from vlm_jax.checkpoints.ops import LINEAR, Chain, Reshape, Split, fused_linear, grouped_bias, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _BLOCK = "layers.{layer}"
 
 
-def block_rules(target: str, where: Where) -> tuple[Rule, ...]:
+def block_rules(target: str, where: Where, expert_dim: int | None, *, separate: bool) -> tuple[Rule, ...]:
     """The norms and the feed-forwards of a stack of blocks, after `model.`.
 
     Args:
       target: the stack's blocks.
       where: their layers.
+      expert_dim: hidden width of an expert, of mixtures of experts in place of the feed-forwards; None for none.
+      separate: whether each expert has tensors of its own, as in files that transformers writes, or all have two, as in
+        the release.
     """
     rules = [
         *rms_norm(f"{_BLOCK}.input_layernorm", f"{target}/attention_norm", where=where),
         *rms_norm(f"{_BLOCK}.post_attention_layernorm", f"{target}/mlp_norm", where=where),
     ]
+    theirs, ours = f"{_BLOCK}.mlp", f"{target}/mlp"
+    if expert_dim is not None:
+        rules += linear(f"{theirs}.gate", f"{ours}/router", bias=False, where=where)
+        both = f"{theirs}.experts", f"{ours}/experts"
+        rules += separate_experts(*both, where=where) if separate else stacked_experts(*both, expert_dim, where=where)
+        rules += linear(f"{theirs}.shared_expert_gate", f"{ours}/shared_gate", bias=False, where=where)
+        theirs, ours = f"{theirs}.shared_expert", f"{ours}/shared"
     for name in ("gate", "up", "down"):
-        rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{target}/mlp/{name}", bias=False, where=where)
+        rules += linear(f"{theirs}.{name}_proj", f"{ours}/{name}", bias=False, where=where)
     return tuple(rules)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Op, Reshape, Split, fused_linear
+from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Op, Reshape, Split, Transpose, fused_linear
 from vlm_jax.checkpoints.rules import Rule
 
 Where = Mapping[str, Sequence[int]]
@@ -78,6 +78,35 @@ def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
       window: the weight's other axes; patches are flattened in this order.
     """
     return Chain(Reshape((features, *window), (features, math.prod(window))), LINEAR)
+
+
+def stacked_experts(source: str, target: str, expert_dim: int, *, where: Where | None = None) -> tuple[Rule, ...]:
+    """Experts in two tensors, [expert, out, in] each, gate and up in the first -> `Experts`.
+
+    Args:
+      source, target: names of both.
+      expert_dim: hidden width of an expert.
+      where: the layers.
+    """
+    turned, both = Transpose((0, 2, 1)), (f"{target}/gate", f"{target}/up")
+    halves = Chain(turned, Split(2, (expert_dim, expert_dim)))
+    return (
+        Rule(f"{source}.gate_up_proj", both, halves, where or {}),
+        Rule(f"{source}.down_proj", f"{target}/down", turned, where or {}),
+    )
+
+
+def separate_experts(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
+    """Experts in three linear layers each -> `Experts`.
+
+    Args:
+      source, target: names of all experts.
+      where: the layers.
+    """
+    return tuple(
+        Rule(f"{source}.{{expert}}.{name}_proj.weight", f"{target}/{name}", LINEAR, where or {})
+        for name in ("gate", "up", "down")
+    )
 
 
 def rms_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm
-from vlm_jax.checkpoints.ops import IDENTITY, LINEAR, Chain, Shared, Split, Transpose, grouped_linear
+from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm, separate_experts, stacked_experts
+from vlm_jax.checkpoints.ops import IDENTITY, LINEAR, Shared, Split, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _BLOCK, _OURS = "layers.{layer}", "blocks/layers"
@@ -53,16 +53,14 @@ def _experts_rules(expert_dim: int, stored: Experts) -> tuple[Rule, ...]:
     theirs, ours = f"{_BLOCK}.mlp", f"{_OURS}/mlp"
     router = Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR)
     if stored == "separate":
-        names = ("gate", "up", "down")
-        own = (Rule(f"{theirs}.experts.{{expert}}.{one}_proj.weight", f"{ours}/experts/{one}", LINEAR) for one in names)
-        return router, *own
+        return router, *separate_experts(f"{theirs}.experts", f"{ours}/experts")
+    if stored == "stacked_out_first":
+        return router, *stacked_experts(f"{theirs}.experts", f"{ours}/experts", expert_dim)
     both = (f"{ours}/experts/gate", f"{ours}/experts/up")
-    turned, halves = Transpose((0, 2, 1)), Split(2, (expert_dim, expert_dim))
-    out_first = stored == "stacked_out_first"
     return (
         router,
-        Rule(f"{theirs}.experts.gate_up_proj", both, Chain(turned, halves) if out_first else halves),
-        Rule(f"{theirs}.experts.down_proj", f"{ours}/experts/down", turned if out_first else IDENTITY),
+        Rule(f"{theirs}.experts.gate_up_proj", both, Split(2, (expert_dim, expert_dim))),
+        Rule(f"{theirs}.experts.down_proj", f"{ours}/experts/down", IDENTITY),
     )
 
 
