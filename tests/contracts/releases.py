@@ -333,6 +333,7 @@ FOLDERS = {
             "text_config": {
                 **QWEN_TEXT,
                 "model_type": "qwen3_5_moe_text",
+                "rms_norm_eps": 1e-2,  # what a head of Gated DeltaNet reads here is small, and its norm sharp
                 "head_dim": 16,
                 "layer_types": ["full_attention", "full_attention", "linear_attention"],
                 "linear_num_key_heads": 2,

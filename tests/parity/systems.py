@@ -497,7 +497,7 @@ def qwen3_5(folder):
 def qwen3_5_moe(folder):
     classes = transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration
     tower = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
-    return qwen_vl(folder, "qwen3_vl", *classes, tower, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=28)
+    return qwen_vl(folder, "qwen3_vl", *classes, tower, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=16)
 
 
 def qwen3_vl_moe(folder):

@@ -92,7 +92,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         if len(self.mixers) != self.depth:
             raise ValueError(f"mixers: expected one for each of {self.depth} layers, got {len(self.mixers)}")
         if self.expert_dim is None and (self.num_experts, self.num_selected) != (1, 1):
-            raise ValueError("num_experts and num_selected are not read without experts; set expert_dim")
+            raise ValueError("num_experts and num_selected are of experts, and there are none; set expert_dim")
         wrong = [drop.ranked_by for drop in self.drops if self.mixers[drop.ranked_by] != "attention"]
         if wrong:
             known = [number for number, kind in enumerate(self.mixers) if kind == "attention"]

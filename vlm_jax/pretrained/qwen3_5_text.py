@@ -78,10 +78,10 @@ def qwen3_5_text(
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "attention_bias": (True, False)}, where)
     tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
     sizes = _positive(settings, {**_DELTA, **(_EXPERTS if "num_experts" in settings else _DENSE)}, where)
-    if "num_experts" in sizes and sizes["num_selected"] > sizes["num_experts"]:
+    if "num_experts" in settings and settings["num_experts_per_tok"] > settings["num_experts"]:
         raise PretrainedError(
-            f"{where}.num_experts_per_tok: expected at most num_experts, {sizes['num_experts']}, got "
-            f"{sizes['num_selected']}"
+            f"{where}.num_experts_per_tok: expected at most num_experts, {settings['num_experts']}, got "
+            f"{settings['num_experts_per_tok']}"
         )
     keys, values = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
     if values % keys:
