@@ -83,6 +83,16 @@ def test_turns_of_each_language_model(fused, tmp_path, name, expected):
     assert ours.processor(conversation(0)).tokens[0].tolist() == ids
 
 
+def test_a_config_without_a_language_model_has_vicunas_turns(fused, tmp_path):
+    """The default of configuration_prismatic.py."""
+    _copied(fused[2], tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "llm_backbone_id"}))
+    tokens = vlm_jax.from_pretrained(tmp_path).processor([{"role": "user", "content": "Why?"}]).tokens[0].tolist()
+    assert tokens == fused[0].tokenizer(f"{SYSTEM} USER: Why? ASSISTANT:")["input_ids"]
+
+
 def test_a_system_message(fused, tmp_path):
     said = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Why?"}]
     for name, expected in (
