@@ -48,6 +48,14 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, name, file, path, value,
         from_pretrained(tmp_path).processor  # noqa: B018
 
 
+def test_weights_of_experts_are_a_softmax_whatever_the_config_says(tmp_path):
+    """The router of transformers reads neither key."""
+    module = make(PORT, tmp_path).module
+    edit(tmp_path, CONFIG, (*TEXT, "norm_topk_prob"), True)
+    edit(tmp_path, CONFIG, (*TEXT, "scoring_func"), "sigmoid")
+    assert from_pretrained(tmp_path).module == module
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_large_image_has_tiles_and_a_small_one_none(tmp_path, name):
     model = make(name, tmp_path)

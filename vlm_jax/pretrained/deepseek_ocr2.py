@@ -78,8 +78,16 @@ TEXT_DEFAULTS: Fields = {
     "topk_method": "greedy",
     "mlp_layer_types": REQUIRED,
 }
-# What a config of transformers states in other words, or not at all: it has no loss that balances experts.
-TEXT_FIXED: Fields = {"model_type": "deepseek_v2", "use_mla": False, "moe_layer_freq": 1, "aux_loss_alpha": 0.0}
+# What a config of transformers states in other words, or not at all: it has no loss that balances experts, and its
+# router always takes the softmax as it is.
+TEXT_FIXED: Fields = {
+    "model_type": "deepseek_v2",
+    "use_mla": False,
+    "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.0,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+}
 
 # deepencoderv2.py, build_qwen2_decoder_as_encoder and CustomQwen2Decoder: sizes that the release's config does not
 # have. What differs in the tensors is read from their shapes.
