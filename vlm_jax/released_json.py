@@ -166,7 +166,7 @@ FORMS: dict[str, Form] = _table(
     (list_of(TEXT | NULL, 1, 2) | NULL, "timm_override_act_layers"),
     (SIDES | NULL, "patch_size"),
     (FLAG | AT_LEAST_0 | NULL, "rep_size"),
-    (list_of(COUNT, most=1 << 12), "downsample_channels"),
+    (list_of(COUNT, most=1 << 12) | NULL, "downsample_channels"),
     (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes deepstack_visual_indexes"),
     (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
     (list_of(TEXT, most=1 << 12) | NULL, "layer_types mlp_layer_types architectures"),

@@ -39,6 +39,7 @@ MODELS = {
     "gated": GATED,
     "without_biases": {**GATED, "query_bias": False, "value_bias": False, "proj_bias": False, "mlp_bias": False},
     "all_biases": {**SMALL, "key_bias": True, "rope_theta": 20.0, "layer_norm_eps": 1e-3, "num_register_tokens": 0},
+    "oblong": {**SMALL, "image_size": [20, 40]},
 }
 
 

@@ -1,10 +1,12 @@
 """Prismatic beside what all systems are tested for: strategies of resizing, one tower, turns, labels, and refusals."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import vlm_jax
@@ -13,6 +15,7 @@ from vlm_jax.pretrained.known import describe_known
 from vlm_jax.pretrained.prismatic import BACKBONES, MODELS, sizes_of, towers
 
 from ..advice import tried
+from ..processors.vocabularies import sentencepiece_model
 from .prismatic import PLACE, REGISTRY, PrismaticProcessor, prismatic
 from .processors import SIZES, conversation, official, pictures
 
@@ -81,6 +84,37 @@ def test_turns_of_each_language_model(fused, tmp_path, name, expected):
     ids = fused[0].tokenizer(expected)["input_ids"]
     assert tokens == [ids[0], *[PLACE] * 25, *ids[1:]]
     assert ours.processor(conversation(0)).tokens[0].tolist() == ids
+
+
+def test_a_config_without_a_language_model_has_vicunas_turns(fused, tmp_path):
+    """The default of configuration_prismatic.py."""
+    _copied(fused[2], tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "llm_backbone_id"}))
+    tokens = vlm_jax.from_pretrained(tmp_path).processor([{"role": "user", "content": "Why?"}]).tokens[0].tolist()
+    assert tokens == fused[0].tokenizer(f"{SYSTEM} USER: Why? ASSISTANT:")["input_ids"]
+
+
+def test_a_prompt_of_openvla_ends_with_a_space(fused, tmp_path):
+    """Which `predict_action` appends as the token `▁`, where the prompt does not end with it."""
+    plain, ours = fused[2], _copied(fused[2], tmp_path, model_type="openvla")
+    asked, images = conversation(1), pictures(1)
+    prompt = plain.processor(asked, images).tokens[0].tolist()
+    space = fused[0].tokenizer(" ", add_special_tokens=False)["input_ids"]
+    assert ours.processor(asked, images).tokens[0].tolist() == [*prompt, *space]
+    answered = [one.processor.batch([asked[:2]], [images], targets=True) for one in (plain, ours)]
+    np.testing.assert_array_equal(answered[0].tokens, answered[1].tokens)
+    # By a tokenizer as Llama's, whose texts begin with a space of their own.
+    model = sentencepiece_model()
+    for file in tmp_path.glob("*token*.json"):
+        file.unlink()
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>"}))
+    spell = sentencepiece.SentencePieceProcessor(model_proto=model)
+    processor = dataclasses.replace(vlm_jax.from_pretrained(tmp_path).processor, table_rows=None)
+    tokens = processor(asked[2:]).tokens[0].tolist()
+    assert tokens == [spell.bos_id(), *spell.encode("In: Sure?\nOut:"), spell.piece_to_id("▁")]
 
 
 def test_a_system_message(fused, tmp_path):

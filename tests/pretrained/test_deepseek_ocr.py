@@ -73,6 +73,13 @@ def test_a_square_image_size_may_be_a_pair(tmp_path):
     assert from_pretrained(path).processor.views.side == 192
 
 
+def test_null_channels_are_the_defaults(tmp_path):
+    path = golden_folder("deepseek_ocr", tmp_path / "folder")
+    edit(path, "config.json", ("vision_config", "width", "sam_vit_b", "downsample_channels"), None)
+    with pytest.raises(PretrainedError, match="as the last of downsample_channels, got 1024"):
+        from_pretrained(path)
+
+
 @pytest.mark.parametrize("width", [24, {"sam_vit_b": None}])
 def test_sizes_of_the_towers_are_objects(tmp_path, width):
     path = golden_folder("deepseek_ocr", tmp_path / "folder")

@@ -27,6 +27,7 @@ WRONG = [
     (PORT, CONFIG, (*TEXT, "attention_bias"), True, r"text_config\.attention_bias: expected False"),
     (PORT, CONFIG, (*SAM, "downsample_channels"), [12, 14], "hidden_size: expected 14, the channels"),
     (PORT, CONFIG, (*SAM, "downsample_channels"), [16], "downsample_channels: expected 2 numbers"),
+    (PORT, CONFIG, (*SAM, "downsample_channels"), None, "hidden_size: expected 896, the channels"),
     (PORT, CONFIG, ("vision_config", "encoder_config", "use_sliding_window"), True, "use_sliding_window"),
     (PORT, IMAGES, ("size",), {"height": 24, "width": 16}, "size: expected equal height and width"),
     (PORT, IMAGES, ("size",), {"height": 32, "width": 32}, "a tile of 32x32 pixels has 16 tokens by the processor"),
@@ -46,6 +47,14 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, name, file, path, value,
     edit(tmp_path, file, path, value)
     with pytest.raises(PretrainedError, match=message):
         from_pretrained(tmp_path).processor  # noqa: B018
+
+
+def test_weights_of_experts_are_a_softmax_whatever_the_config_says(tmp_path):
+    """The router of transformers reads neither key."""
+    module = make(PORT, tmp_path).module
+    edit(tmp_path, CONFIG, (*TEXT, "norm_topk_prob"), True)
+    edit(tmp_path, CONFIG, (*TEXT, "scoring_func"), "sigmoid")
+    assert from_pretrained(tmp_path).module == module
 
 
 @pytest.mark.parametrize("name", NAMES)

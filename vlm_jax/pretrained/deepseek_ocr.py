@@ -89,7 +89,8 @@ def describe(
 def _sam(vision: Fields, checkpoint: Mapping[str, SourceTensor], dtypes: Fields) -> SAM:
     where = f"{WHERE}.vision_config.width.{SAM_NAME}"
     sizes = with_defaults(vision["width"].get(SAM_NAME, {}), SAM_DEFAULTS, where)
-    channels = tuple(sizes["downsample_channels"])
+    channels = sizes["downsample_channels"]
+    channels = tuple(SAM_DEFAULTS["downsample_channels"] if channels is None else channels)
     if len(channels) != len(DOWNSAMPLES):
         raise PretrainedError(f"{where}.downsample_channels: expected {len(DOWNSAMPLES)} numbers, got {list(channels)}")
     neck = checkpoint.get(NECK_KEY)  # whose channels the config does not have

@@ -78,8 +78,16 @@ TEXT_DEFAULTS: Fields = {
     "topk_method": "greedy",
     "mlp_layer_types": REQUIRED,
 }
-# What a config of transformers states in other words, or not at all: it has no loss that balances experts.
-TEXT_FIXED: Fields = {"model_type": "deepseek_v2", "use_mla": False, "moe_layer_freq": 1, "aux_loss_alpha": 0.0}
+# What a config of transformers states in other words, or not at all: it has no loss that balances experts, and its
+# router always takes the softmax as it is.
+TEXT_FIXED: Fields = {
+    "model_type": "deepseek_v2",
+    "use_mla": False,
+    "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.0,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+}
 
 # deepencoderv2.py, build_qwen2_decoder_as_encoder and CustomQwen2Decoder: sizes that the release's config does not
 # have. What differs in the tensors is read from their shapes.
@@ -97,9 +105,7 @@ def describe(
     settings = with_defaults(config, {"vision_config": {}, "text_config": {}, "tie_word_embeddings": False}, WHERE)
     where = f"{WHERE}.vision_config"
     vision = with_defaults(settings["vision_config"], {"sam_config": {}, "encoder_config": {}}, where)
-    channels = _two_channels(
-        vision["sam_config"].get("downsample_channels", DOWNSAMPLE_DIMS), f"{where}.sam_config.downsample_channels"
-    )
+    channels = _two_channels(vision["sam_config"].get("downsample_channels"), f"{where}.sam_config.downsample_channels")
     first = vision_encoder(vision["sam_config"], f"{where}.sam_config", downsample_dims=channels, **dtypes)
     encoder = _queries(vision["encoder_config"], first, checkpoint, f"{where}.encoder_config", dtypes)
     text = _text(settings["text_config"], f"{WHERE}.text_config")
@@ -262,6 +268,8 @@ def _rows(checkpoint: Mapping[str, SourceTensor], key: str, default: int) -> int
 
 
 def _two_channels(channels: object, where: str) -> tuple[int, ...]:
+    if channels is None:
+        return DOWNSAMPLE_DIMS
     if not isinstance(channels, list | tuple) or len(channels) != len(DOWNSAMPLES):
         raise PretrainedError(f"{where}: expected {len(DOWNSAMPLES)} numbers, got {shown(channels)}")
     return tuple(channels)

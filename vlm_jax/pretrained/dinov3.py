@@ -21,7 +21,6 @@ DEFAULTS: Fields = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
     "rope_theta": 100.0,
-    "image_size": 224,
     "patch_size": 16,
     "num_channels": 3,
     "query_bias": True,

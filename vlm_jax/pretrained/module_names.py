@@ -9,6 +9,12 @@ _LLAVA = (
     (r"^vision_tower(\.vision_model)?", "model.vision_tower"),
     (r"^multi_modal_projector", "model.multi_modal_projector"),
 )
+_DEEPSEEK_OCR2 = (
+    (r"^model\.(layers|norm|embed_tokens)", r"model.language_model.\1"),
+    (r"^model\.qwen2_model\.model\.model", "model.vision_tower.vision_encoder"),
+    (r"^model\.sam_model\.blocks", "model.vision_tower.sam_encoder.layers"),
+    (r"^model\.projector\.layers", "model.multi_modal_projector"),
+)
 _QWEN2_VL = (
     (r"^visual", "model.visual"),
     (r"^model\.(?!language_model|visual)", "model.language_model."),
@@ -22,6 +28,7 @@ _QWEN2_5_OMNI = (
 
 # Model type -> (regular expression, replacement), applied to released keys in order; those of others are the same.
 MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "deepseek_ocr2": _DEEPSEEK_OCR2,
     "dinov3_vit": ((r"^layer\.", "model.layer."),),
     "gemma3": _LLAVA,
     "internvl": _LLAVA,

@@ -66,7 +66,7 @@ BACKBONES: dict[str, tuple[tuple[str, ...], int]] = {
     "siglip-vit-so400m": (("vit_so400m_patch14_siglip_224",), 224),
     "siglip-vit-so400m-384px": (("vit_so400m_patch14_siglip_384",), 384),
 }
-DEFAULTS: Fields = {"vision_backbone_id": "siglip-vit-so400m", "llm_backbone_id": "llama2-7b-pure"}
+DEFAULTS: Fields = {"vision_backbone_id": "siglip-vit-so400m", "llm_backbone_id": "vicuna-v15-7b"}
 # Beginning of an `llm_backbone_id` -> the model type of the language model, and its width without a `hidden_size`.
 LANGUAGES = {"llama2": ("llama", 4096), "vicuna": ("llama", 4096), "mistral": ("mistral", 4096), "phi": ("phi", 2048)}
 FEATURIZERS = ("featurizer", "fused_featurizer")

@@ -126,6 +126,9 @@ PRISMATIC: dict[tuple[str, str], str] = {
     ("mistral", "-pure"): _after_images("In: ", "\nOut:"),
     ("mistral", "-instruct"): _after_images("[INST] ", " [/INST]"),
 }
+# prismatic/extern/hf/modeling_prismatic.py, OpenVLAForActionPrediction.predict_action: what follows those turns before
+# an action, a space, which is a token of its own at the end of a text.
+BEFORE_ACTION = "{% if add_generation_prompt and messages[-1].role == 'user' %}{{ ' ' }}{% endif %}"
 
 # LLaVA, conversation.py, mpt.
 MPT = chatml(

@@ -12,7 +12,7 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import Fit, SquareViews, TwoSizeViews
-from vlm_jax.processors.templates import PRISMATIC
+from vlm_jax.processors.templates import BEFORE_ACTION, PRISMATIC
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config, Fields
 
@@ -27,7 +27,13 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder: images follow the start token, and the language model's format of turns."""
+    """The processor of a folder: images follow the start token, and the language model's format of turns.
+
+    Prompts of OpenVLA end with a space.
+
+    Raises:
+      PretrainedError: a language model whose turns are not known, or what `views` raises.
+    """
     where = config["model_type"]
     name = with_defaults(config, DEFAULTS, where)["llm_backbone_id"]
     family = next((key for key in PRISMATIC if name.startswith(key[0]) and name.endswith(key[1])), None)
@@ -36,11 +42,12 @@ def processor(folder: Folder, config: Config) -> Processor:
         raise PretrainedError(
             f"{where}.llm_backbone_id: expected one of {expected}, whose turns are known, got {name!r}"
         )
+    turns = PRISMATIC[family] + (BEFORE_ACTION if where == "openvla" else "")
     tokenizer = Tokenizer.from_folder(folder)
     # The tag is not a token of the release: the text before and after it is encoded separately.
     holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
     prompt = TemplatePrompt(
-        chat_template(folder, tokenizer, PRISMATIC[family]),
+        chat_template(folder, tokenizer, turns),
         tokenizer,
         marks={"image": "<image>"},
         tokens={"image": holder},
