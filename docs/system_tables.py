@@ -145,10 +145,11 @@ ROWS = (
         live="question to answer, loss, gradients, and back",
     ),
     Row(
-        "Gemma 4 (31B, 26B-A4B)",
+        "Gemma 4 (31B, 26B-A4B, E4B, E2B)",
         ("gemma4", "gemma4_vision"),
         "native resolution, means of 3x3 patches, Gemma with local and global layers of different heads, with or "
-        "without experts, both-ways attention in images in local layers; no audio",
+        "without experts, both-ways attention in images in local layers; E2B, E4B: an embedding for every layer, "
+        "shared keys and values; no audio",
         live="conversation (a video too) to answer, and back",
     ),
     Row(

@@ -156,7 +156,8 @@ FORMS: dict[str, Form] = _table(
     (DEPTH, "depth num_hidden_layers resampler_depth"),
     (DEPTH | list_of(DEPTH, 4), "layers"),
     (DEPTH | list_of(DEPTH), "num_layers"),
-    (ROWS, "vocab_size max_position_embeddings seq_length context_length visual_vocab_size position_embedding_size"),
+    (ROWS, "vocab_size vocab_size_per_layer_input max_position_embeddings seq_length context_length"),
+    (ROWS, "visual_vocab_size position_embedding_size"),
     (ROWS | NULL, "original_max_position_embeddings model_max_len tokenizer_model_max_length max_sequence_length"),
     (AT_LEAST_0 | NULL, "sliding_window max_window_layers window_size"),
     (whole(-1, 1 << 20), "num_patches"),
@@ -195,7 +196,7 @@ FORMS: dict[str, Form] = _table(
         preserve_original_pe s2 seq_aux token_pooling use_abs_pos use_rel_pos use_mla use_rope use_sliding_window
         vision_use_head use_mask_token use_mean_pooling use_qk_norm use_absolute_position_embeddings
         use_qformer_text_input use_swiglu_ffn quick_gelu scan dynamic_image_size use_thumbnail pad2square
-        standardize use_clipped_linears attention_k_eq_v enable_moe_block
+        standardize use_clipped_linears attention_k_eq_v enable_moe_block use_double_wide_mlp
         post_norms use_gated_mlp query_bias key_bias value_bias proj_bias""",
     ),
     (

@@ -82,6 +82,7 @@ Grid = tuple[int, int]
 PADDING_SEGMENT = 0  # segment ids count from 1; 0 is padding
 PROMPT_SEGMENT = 1  # of a prompt for generation, and of its answer
 TEXT_SLOT = -1  # visual_index of a text position
+NO_ID = -1  # token id of a visual token
 
 
 @struct

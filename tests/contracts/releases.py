@@ -429,6 +429,7 @@ FOLDERS = {
                 "patch_size": 2,
                 "position_embedding_size": 64,
                 "standardize": True,
+                "use_clipped_linears": True,
             },
             "text_config": {
                 **TEXT,
@@ -439,7 +440,9 @@ FOLDERS = {
                 "attention_k_eq_v": True,
                 "sliding_window": 6,
                 "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-                "hidden_size_per_layer_input": 0,
+                "num_kv_shared_layers": 1,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY + 4,
                 "final_logit_softcapping": 20.0,
                 "use_bidirectional_attention": "vision",
             },

@@ -27,7 +27,7 @@ def cell_reader_params(kind):
 
 def decoder_params(kind, **fields):
     def run(decoder, tokens):
-        hidden, _ = decoder(decoder.embed(tokens), tokens, tokens)
+        hidden, _ = decoder(decoder.embed(tokens), tokens, tokens, token_ids=tokens)
         return decoder.logits(hidden)
 
     init = functools.partial(small(DECODERS[kind], **fields).init, method=run)

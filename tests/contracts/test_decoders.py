@@ -98,18 +98,34 @@ OPTIONS["mixed with a local block, experts beside feed-forwards, a cap and value
         "embedding_scale": 4.0,
     },
 )
+OPTIONS["mixed with inputs of every block, and blocks that share the keys of others"] = (
+    "mixed",
+    {
+        "kinds": (
+            BlockKind(8, 1, Rope(10.0), 3),
+            BlockKind(12, 2, Rope(100.0)),
+            BlockKind(8, 1, Rope(10.0), 3, mlp_dim=20, shares_with=0),
+            BlockKind(12, 2, Rope(100.0), mlp_dim=20, shares_with=1),
+        ),
+        "order": (0, 1, 0, 2, 3, 2),
+        "depth": 6,
+        "qk_scale": 0.2,  # else a rounding error grows from block to block
+        "own_input_dim": 6,
+        "own_input_rows": VOCAB,
+    },
+)
 CASES = {**{kind: (kind, {}) for kind in DECODERS}, **OPTIONS}
 
 every_kind = pytest.mark.parametrize("kind", CASES)
 
 
 def full(decoder, tokens, positions, segments, branches=None):
-    hidden, _ = decoder(decoder.embed(tokens), positions, segments, branch_ids=branches)
+    hidden, _ = decoder(decoder.embed(tokens), positions, segments, branch_ids=branches, token_ids=tokens)
     return decoder.logits(hidden)
 
 
 def with_cache(decoder, tokens, positions, segments, cache):
-    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache, token_ids=tokens)
     return decoder.logits(hidden), cache
 
 
@@ -150,7 +166,7 @@ def test_shapes_are_those_of_the_fields(kind, text):
     assert decoder.vocab_size == VOCAB
     embedded = decoder.apply(boxed, row(text)[0], method="embed")
     assert embedded.shape == (1, LENGTH, decoder.width)
-    hidden, cache = jax.eval_shape(decoder.apply, boxed, embedded, *row(text)[1:])
+    hidden, cache = jax.eval_shape(decoder.apply, boxed, embedded, *row(text)[1:], token_ids=row(text)[0])
     assert hidden.shape == embedded.shape and cache is None
     logits = run(kind)(*row(text))
     assert logits.shape == (1, LENGTH, VOCAB) and logits.dtype == jnp.float32
@@ -216,7 +232,7 @@ def test_a_branch_reads_the_prefix_and_itself(kind, text):
 
 
 def grouped(decoder, tokens, positions, segments, groups, cache=None):
-    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache, group_ids=groups)
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache, group_ids=groups, token_ids=tokens)
     return decoder.logits(hidden), cache
 
 

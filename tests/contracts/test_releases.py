@@ -151,6 +151,7 @@ def decoded(decoder):
 
     def run(module, given, branches, groups):
         marks = {"branch_ids": branches, "levels": given.levels, "group_ids": groups}
+        marks["token_ids"] = given.token_ids
         hidden, _ = module(given.x, given.positions, given.segment_ids, **marks)
         return module.logits(hidden)
 

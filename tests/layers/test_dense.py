@@ -24,6 +24,20 @@ def test_dense_is_a_product_and_a_bias(shape):
     np.testing.assert_allclose(out, np.float64(x) @ kernel + bias, atol=1e-5)
 
 
+def test_dense_inside_stored_bounds_which_are_not_learned():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    layer, bounds = Dense(5, (axes.EMBED, axes.MLP), use_bias=False, clips=True), (-0.3, 0.5, -0.2, 0.1)
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x)["params"])
+    np.testing.assert_allclose(layer.apply({"params": params}, x), x @ params["kernel"], atol=1e-6)  # infinite at first
+    params |= dict(zip(("input_min", "input_max", "output_min", "output_max"), map(jnp.float32, bounds), strict=True))
+    found = layer.apply({"params": params}, x)
+    kernel = np.asarray(params["kernel"])
+    np.testing.assert_allclose(found, np.clip(np.clip(x, -0.3, 0.5) @ kernel, -0.2, 0.1), atol=1e-6)
+    assert found.min() == np.float32(-0.2) and found.max() == np.float32(0.1)
+    gradients = jax.grad(lambda params: layer.apply({"params": params}, x).sum())(params)
+    assert gradients.pop("kernel").any() and not any(leaf.any() for leaf in gradients.values())
+
+
 def test_dense_computes_in_dtype_and_stores_in_param_dtype():
     layer = Dense(5, (axes.EMBED, axes.MLP), dtype=jnp.bfloat16, param_dtype=jnp.float32)
     out, params = jax.jit(layer.init_with_output)(jax.random.key(0), jnp.ones((2, 4)))

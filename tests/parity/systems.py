@@ -313,7 +313,16 @@ GEMMA4_TOWER = {
 }
 
 
-def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER):
+GEMMA4_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 2],
+    "output_proj_dims": 8,
+}
+
+
+def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER, audio=None):
     """Values that are stored and not learned are random, too."""
     processor = gemma4_processor()
     vocabulary = processor.tokenizer
@@ -321,7 +330,7 @@ def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER):
     config = transformers.Gemma4Config(
         vision_config=vision,
         text_config={"vocab_size": len(vocabulary), "pad_token_id": vocabulary.pad_token_id, **text},
-        audio_config=None,
+        audio_config=audio,
         tie_word_embeddings=False,  # a tied random head says what it was last told
         **ids,
     )
@@ -331,6 +340,10 @@ def gemma4(folder, text=GEMMA4, vision=GEMMA4_TOWER):
             stored.uniform_(0.7, 1.3)
         elif name.endswith("std_bias"):
             stored.normal_(std=0.3)
+        elif name.endswith("_min"):
+            stored.uniform_(-1.5, -0.3)
+        elif name.endswith("_max"):
+            stored.uniform_(0.3, 1.5)
     with torch.no_grad():
         model.lm_head.weight[256:] = 0  # their model reads a placeholder in an answer as padding
     save(processor, folder)
@@ -342,6 +355,23 @@ def gemma4_moe(folder):
     """Experts beside the feed-forwards, as in 26B-A4B."""
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12}
     return gemma4(folder, {**GEMMA4, **experts})
+
+
+def gemma4_shared(folder):
+    """Inputs of every block, shared keys, wide feed-forwards, bounds in the tower, and audio, as in E2B and E4B."""
+    text = {
+        **GEMMA4,
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "num_global_key_value_heads": None,
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 512,
+        "use_bidirectional_attention": None,
+    }
+    return gemma4(folder, text, {**GEMMA4_TOWER, "standardize": False, "use_clipped_linears": True}, GEMMA4_AUDIO)
 
 
 def idefics3(folder, processor=None, name="Idefics3", side=35):

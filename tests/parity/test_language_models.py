@@ -56,7 +56,7 @@ def our_steps(ours, batch):
     @jax.jit
     def run(tokens, positions, cache):
         def logits(module):
-            hidden, updated = module(module.embed(tokens), positions, jnp.ones_like(tokens), cache)
+            hidden, updated = module(module.embed(tokens), positions, jnp.ones_like(tokens), cache, token_ids=tokens)
             return module.logits(hidden), updated
 
         return decoder.apply(params, method=logits)

@@ -122,6 +122,9 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     # The same, with what is stored and not learned; 30.7 and 25.2 billion by the README, without the tower.
     "google/gemma-4-26B-A4B-it": (25_805_936_206, 0),
     "google/gemma-4-31B-it": (31_273_088_876, 0),
+    # With the audio tower and its projection, which are not read; 5.1 and 8 billion by the README.
+    "google/gemma-4-E2B-it": (5_104_298_467, 307_184_384),
+    "google/gemma-4-E4B-it": (7_941_101_802, 308_757_248),
     "google/siglip-base-patch16-224": (203_155_970, 0),
     "google/siglip-large-patch16-384": (652_478_466, 0),
     "google/siglip-so400m-patch14-224": (877_360_306, 0),

@@ -1,5 +1,6 @@
 """Text configs as they are released: heads that are tied, and settings that nothing computes."""
 
+import dataclasses
 import functools
 import re
 
@@ -236,10 +237,28 @@ def test_gemma_4_of_released_and_of_newer_files():
     assert [(kind.head_dim, kind.num_kv_heads) for kind in decoder.kinds] == [(2, text["num_key_value_heads"])] * 2
     decoder = language_model({**text, "layer_types": ["sliding_attention"] * 4}, {}, "config", **DTYPES).decoder
     assert decoder.order == (0, 0, 0, 1)  # the last layer is global, whatever is stated
+    shared = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 8}
+    found = language_model({**text, **released, **shared}, {}, "config", **DTYPES)
+    wide = {"mlp_dim": 2 * text["intermediate_size"]}
+    reading = [dataclasses.replace(kind, shares_with=index, **wide) for index, kind in enumerate((local, whole))]
+    assert found.decoder.kinds == (local, whole, *reading) and found.decoder.order == (0, 1, 2, 3)
+    assert found.decoder.own_input_dim == 8
+    for layer, name, unread in ((1, "k_proj", False), (2, "k_proj", True), (3, "v_norm", True), (3, "q_proj", False)):
+        key = f"model.layers.{layer}.self_attn.{name}.weight"
+        assert any(re.fullmatch(pattern, key) for pattern in found.ignore) == unread
     moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 3}
     for more, told in (
-        ({"hidden_size_per_layer_input": 256}, r"layer's own \(E2B, E4B\) are not supported; expected 0, got 256"),
-        ({"num_kv_shared_layers": 2}, r"layers that share keys and values \(E2B, E4B\) are not supported"),
+        ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 4}, "expected a row for each of .* ids"),
+        ({"hidden_size_per_layer_input": 8, "pad_token_id": -1}, "pad_token_id: expected the row of visual tokens, 0 "),
+        (
+            {"num_kv_shared_layers": 3, "layer_types": types},
+            "_shared_layers: expected earlier layers of full_att",
+        ),
+        ({"num_kv_shared_layers": 5}, "expected earlier layers of full_attention and sliding_attention"),
+        (
+            {"num_kv_shared_layers": 2, "layer_types": types, "per_layer_config": {"3": {"head_dim": 4}}},
+            r"per_layer_config.3.head_dim: expected 2, as layer 1, whose keys this layer reads, got 4",
+        ),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention: expected None or 'vision', got 'all'"),
         ({"layer_types": types[:3]}, "layer_types: expected 4, one per layer, got 3"),
         ({"sliding_window": None}, "sliding_window: layers of sliding_attention need a positive number, got None"),

@@ -44,7 +44,7 @@ def decoder(drops=(), **fields):
 
 
 def run_tokens(module, tokens, *rest, **kwargs):
-    hidden, cache = module(module.embed(tokens), *rest, **kwargs)
+    hidden, cache = module(module.embed(tokens), *rest, token_ids=tokens, **kwargs)
     return module.logits(hidden), cache
 
 

@@ -69,11 +69,13 @@ class Decoder(Protocol):
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
         group_ids: Int[Array, "B T"] | None = None,
+        token_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states of T positions after those in the cache, and the cache with them.
 
         `levels` are added to the outputs of the first blocks: D channels for each, concatenated. Positions of one group
-        attend to each other in both directions; see `types.Batch`.
+        attend to each other in both directions; see `types.Batch`. `token_ids` are the ids of the text, and `NO_ID` at
+        visual tokens, for decoders whose blocks read more of a token than its embedding.
         """
         ...
 

@@ -198,6 +198,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
         group_ids: Int[Array, "B T"] | None = None,
+        token_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
@@ -218,6 +219,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
                 "a decoder with experts has no balance loss where visual tokens are dropped between its layers; set "
                 "config.decoder.balance_weight to 0, or choose a reducer that acts before the decoder"
             )
+        del token_ids  # an embedding is all that its blocks read
         rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels, group_ids)
         x = self.final_norm(rows.x)
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache

@@ -16,9 +16,10 @@ from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
 from vlm_jax.decoders.periods import Stack, periods
 from vlm_jax.decoders.raters import rated, raters_of, relevance
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
-from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention import Context, KeyValue, SharedKeyValue
 from vlm_jax.layers.block import LayerCache, Part, TransformerStack, in_turn
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.per_layer import of_layers
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.ranges import Depth
@@ -40,6 +41,8 @@ class Rows:
       segment_ids, branch_ids, group_ids: as in `Batch`.
       index: index in the whole sequence; out of range for a dropped token that serves as padding.
       levels: what is added to the outputs of the first layers, or None.
+      own_inputs: P channels that each layer reads of every token, or None.
+      shared: keys and values that later layers read, by the stack whose last layer computed them.
     """
 
     x: Float[Array, "B T D"]
@@ -52,6 +55,8 @@ class Rows:
     index: Int[Array, "B T"]
     levels: Float[Array, "B T F"] | None = None
     group_ids: Int[Array, "B T"] | None = None
+    own_inputs: Float[Array, "B T L P"] | None = None
+    shared: dict[str, SharedKeyValue] = dataclasses.field(default_factory=dict)
 
     def levels_from(self, layer: int) -> Float[Array, "B T F"] | None:
         """The levels of layers from `layer` on; None where they have none."""
@@ -59,6 +64,10 @@ class Rows:
         if self.levels is None or self.levels.shape[-1] <= layer * width:
             return None
         return self.levels[..., layer * width :]
+
+    def inputs_of(self, start: int, stop: int) -> Float[Array, "B T L P"] | None:
+        """The own inputs of layers `start` to `stop` - 1."""
+        return None if self.own_inputs is None else self.own_inputs[:, :, start:stop]
 
 
 def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
@@ -199,6 +208,10 @@ class DropsTokens:
         del name
         return context
 
+    def source_of(self, name: str) -> str | None:
+        """The stack of whose last layer a stack's layers read the keys and values; None where they have their own."""
+        del name
+
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Factor of every query, or None."""
         del positions
@@ -221,8 +234,8 @@ class DropsTokens:
         for number, (start, stop) in enumerate(_spans(drops, self.depth)):
             slots = length - (whole - left[number])
             dtype = self.dtype if dtype is None else dtype
-            depths = collections.Counter(self._order()[start:stop])
-            layers = (self.empty_layers(name, depth, batch_size, slots, dtype) for name, depth in depths.items())
+            kept = self._kept(start, stop)
+            layers = (self.empty_layers(name, depth, batch_size, slots, dtype) for name, depth in kept.items())
             part = Cache.empty(tuple(layers), batch_size, slots)
             if any(drop.renumbers for drop in drops[:number]):
                 part = dataclasses.replace(part, position_shift=jnp.zeros(batch_size, jnp.int32))
@@ -240,6 +253,7 @@ class DropsTokens:
         places: VisualPlaces | None,
         levels: Float[Array, "B T F"] | None = None,
         group_ids: Int[Array, "B T"] | None = None,
+        own_inputs: Float[Array, "B T L P"] | None = None,
     ) -> tuple[Rows, Cache | None]:
         """Runs all layers; returns the remaining rows and the updated cache.
 
@@ -252,10 +266,12 @@ class DropsTokens:
         lengths, cache = rotary_lengths(self.ropes, positions, segment_ids, cache)
         angles, scale = self._angles(positions, lengths), self.query_scale(positions)
         rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every, levels, group_ids)
+        rows = dataclasses.replace(rows, own_inputs=own_inputs)
         drops = () if places is None else self.drops
         left = [] if places is None else lengths_left(places, drops)
         whole = places
-        spans = _spans(drops, self.depth) if cache is None else _spans_of(cache)
+        # A cache has a part for every span of the prompt in it.
+        spans = _spans(drops if cache is None or len(cache.parts) == 1 else self.drops, self.depth)
         following, shift = next_position(positions, segment_ids), None
         raters = None
         if places is not None and any(drop.rating is not None for drop in drops):
@@ -270,8 +286,7 @@ class DropsTokens:
                 else:
                     shift_of = part.position_shift.reshape(-1, *(1,) * (positions.ndim - 1))
                     rows = self._turned(dataclasses.replace(rows, positions=positions - shift_of))
-            x, part, heads = self._span(rows, part, start, stop, coming)
-            rows = dataclasses.replace(rows, x=x)
+            rows, part, heads = self._span(rows, part, start, stop, coming)
             if part is not None:
                 written.append(part)
             if coming is not None and places is not None and whole is not None and heads is not None:
@@ -306,8 +321,10 @@ class DropsTokens:
         scores = jax.lax.stop_gradient(relevance(heads, context, left, places, coming.rating))
         found = rated(rows.x, rows.segment_ids, places, scores, whole, coming.rating)
         index = _take(rows.index, found.source)
-        levels = None if rows.levels is None else _take(rows.levels, found.source)
-        return dataclasses.replace(rows, x=found.x, index=index, levels=levels), found.left.astype(jnp.float32)
+        of_source = (rows.levels, rows.own_inputs, rows.shared)
+        levels, inputs, shared = jax.tree.map(lambda leaf: _take(leaf, found.source), of_source)
+        rows = dataclasses.replace(rows, x=found.x, index=index, levels=levels, own_inputs=inputs, shared=shared)
+        return rows, found.left.astype(jnp.float32)
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""
@@ -331,58 +348,86 @@ class DropsTokens:
         """The name of every layer's stack."""
         return tuple(self._stack_of(layer)[0] for layer in range(self.depth))
 
+    def _kept(self, start: int, stop: int) -> dict[str, int]:
+        """The layers of each stack that layers `start` to `stop` - 1 keep in a cache.
+
+        They are those with keys and values of their own, and the last layer of a stack before them that they read: its
+        keys and values are kept once more, without the tokens that were dropped since.
+        """
+        order = self._order()[start:stop]
+        kept = collections.Counter(name for name in order if self.source_of(name) is None)
+        sources = (self.source_of(name) for name in order)
+        return {**kept, **{name: 1 for name in sources if name is not None and name not in kept}}
+
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
+    ) -> tuple[Rows, Cache | None, Heads | None]:
         """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the next drop."""
         context, heads, x = self.context(rows), None, rows.x
-        order = self._order()[start:stop]
-        held: dict[str, LayerCache] = {}
+        order, kept = self._order()[start:stop], self._kept(start, stop)
+        sources = {self.source_of(name) for name in self._order()}
         if cache is not None:
             context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
-            held = dict(zip(dict.fromkeys(order), cache.readable, strict=True))
+            held = dict(zip(kept, cache.readable, strict=True))
+        else:  # what sources compute is returned, as what they would write to a cache
+            of_sources = ((name, depth) for name, depth in kept.items() if name in sources)
+            held = {name: self.empty_layers(name, depth, x.shape[0], 0, self.dtype) for name, depth in of_sources}
+        written = {name: _one_layer(rows.shared[name], held[name]) for name in kept if name not in order}
         ranks = coming is not None and start <= coming.ranked_by == stop - 1  # the last layer of the span does
-        written: dict[str, LayerCache] = {}
 
         def write(name: str, own: LayerCache | None) -> None:
             if own is not None:
                 written[name] = written[name].joined(own) if name in written else own
 
+        def given(name: str, past: bool = True) -> SharedKeyValue | None:
+            source = self.source_of(name)
+            if source is None or source not in written:
+                return None if source is None else rows.shared[source]
+            before = of_layers(held[source], -1) if past else None
+            return SharedKeyValue.of(of_layers(written[source], -1), before, self.dtype)
+
         for first, period, repeats in periods(order[: len(order) - ranks]):
-            names, levels = order[first : first + period], rows.levels_from(start + first)
+            names, layer = order[first : first + period], start + first
+            levels, inputs = rows.levels_from(layer), rows.inputs_of(layer, layer + period * repeats)
             parts = []
             for place, name in enumerate(names):
-                _, index = self._stack_of(start + first + place)
-                skip = order[:first].count(name)
-                parts.append(Part(self._stack(name), self.context_in(name, context), index, held.get(name), skip))
-            if period == 1 and repeats == parts[0].stack.depth:
-                x, own, _ = parts[0].stack(x, parts[0].context, cache=parts[0].cache, levels=levels)
-                fresh = (own,)
+                _, index = self._stack_of(layer + place)
+                skip, inside = order[:first].count(name), self.context_in(name, context)
+                parts.append(Part(self._stack(name), inside, index, held.get(name), skip, given(name)))
+            if period == 1 and repeats == parts[0].stack.depth and parts[0].shared is None:
+                own = {"cache": parts[0].cache, "levels": levels, "own_inputs": inputs}
+                x, *fresh, _ = parts[0].stack(x, parts[0].context, **own)
             else:
-                x, fresh = in_turn(parts, repeats, x, levels)
+                x, fresh = in_turn(parts, repeats, x, levels, inputs, indexed=cache is not None)
             for name, own in zip(names, fresh, strict=True):
                 write(name, own)
         if coming is not None:
             name, index = self._stack_of(coming.ranked_by)
             stack = self._stack(name)
             if ranks:
-                own = held[name].part(-1, None) if held else None
+                own = held[name].part(-1, None) if name in held else given(name)
                 x, own, heads = stack.attend(x, self.context_in(name, context), index, cache=own)
-                x = stack.feed_forward(x, index, levels=rows.levels_from(stop - 1))
+                inputs = rows.inputs_of(stop - 1, stop)
+                own_input = None if inputs is None else inputs[:, :, 0]
+                x = stack.feed_forward(x, index, levels=rows.levels_from(stop - 1), own_input=own_input)
                 write(name, own)
             else:
-                heads = stack.attend(x, self.context_in(name, self.context(rows)), index)[2]
+                inside = self.context_in(name, self.context(rows))
+                heads = stack.attend(x, inside, index, cache=given(name, past=False))[2]
+        of_sources = ((name, of_layers(own, -1)) for name, own in written.items() if name in sources)
+        shared = {name: SharedKeyValue.of(own, None, self.dtype) for name, own in of_sources}
+        rows = dataclasses.replace(rows, x=x, shared={**rows.shared, **shared})
         if cache is not None:
-            cache = cache.with_written(tuple(written.values()), rows.segment_ids)
-        return x, cache, heads
+            cache = cache.with_written(tuple(written[name] for name in kept), rows.segment_ids)
+        return rows, cache, heads
+
+
+def _one_layer(shared: SharedKeyValue, like: LayerCache) -> KeyValue:
+    """Keys and values as what one layer writes to a cache with the dtypes of `like`."""
+    key, value = shared.key.transpose(0, 2, 3, 1), shared.value.transpose(0, 2, 1, 3)
+    return KeyValue(key.astype(like.key.dtype)[None], value.astype(like.value.dtype)[None])
 
 
 def _spans(drops: Sequence[Drop], depth: int) -> list[tuple[int, int]]:
     """(first layer, last layer + 1) of the layers between drops."""
     return list(itertools.pairwise((0, *(drop.layer for drop in drops), depth)))
-
-
-def _spans_of(cache: Cache) -> list[tuple[int, int]]:
-    """(first layer, last layer + 1) of every part of a cache."""
-    counts = (sum(stack[0].shape[0] for stack in part.layers) for part in cache.parts)
-    return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))

@@ -181,6 +181,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         places: VisualPlaces | None = None,
         levels: Float[Array, "B T F"] | None = None,
         group_ids: Int[Array, "B T"] | None = None,
+        token_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
@@ -192,6 +193,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
+        del token_ids  # an embedding is all that its blocks read
         rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places, levels, group_ids)
         x = self.final_norm(rows.x)
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache

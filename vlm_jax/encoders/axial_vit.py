@@ -25,6 +25,7 @@ class AxialViT(PackedTrunk, kw_only=True):
       table_length: rows of the position table of either axis, the largest number of patches along a side.
       head_dim: coordinates of a head; width / num_heads when None.
       num_kv_heads: key and value heads; num_heads when None.
+      clips: the linear layers of the blocks bound their inputs and outputs, as `Dense` does.
 
     Source: transformers, models/gemma4, Gemma4VisionModel.
     """
@@ -32,6 +33,7 @@ class AxialViT(PackedTrunk, kw_only=True):
     table_length: Size = 10_240
     head_dim: Size | None = None
     num_kv_heads: Size | None = None
+    clips: bool = False
     gated: bool = True
     norm: NormKind = "rms_float32"
     merge_size: Few = 3
@@ -58,7 +60,7 @@ class AxialViT(PackedTrunk, kw_only=True):
         return rope_2d_angles(jnp.flip(packed.positions, axis=-1), head_dim, self.rope_theta)
 
     def attention_fields(self) -> Fields:
-        """Normalised heads, logits that are not scaled, norms of outputs, no biases."""
+        """Normalised heads, logits that are not scaled, norms of outputs, no biases, bounds of linear layers."""
         return {
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
@@ -68,6 +70,7 @@ class AxialViT(PackedTrunk, kw_only=True):
             "qk_scale": 1.0,
             "value_norm": True,
             "post_norm": True,
+            "clips": self.clips,
         }
 
     @nn.compact

@@ -11,11 +11,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
+from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention, SharedKeyValue
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.experts_beside import ExpertsBeside
 from vlm_jax.layers.gated_delta import GatedDelta
 from vlm_jax.layers.latent_attention import LatentAttention
+from vlm_jax.layers.layer_input import GatedInput
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
@@ -38,9 +39,10 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale, value_norm, value_is_key: as in
+      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over, qk_scale, value_norm, value_is_key, shares_keys: as in
         `MultiHeadAttention`.
       gated_attention: `gated` of it.
+      clips: `clips` of the linear layers of attention and feed-forward; see `Dense`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of all norms.
@@ -51,6 +53,7 @@ class TransformerBlock(nn.Module):
       use_bias: biases on the other linear layers.
       mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
       layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
+      own_input_dim: channels of an input of the block's own, whose `GatedInput`, normalised, is added; None for none.
       output_scale: a factor of the block's output, which is stored and not learned.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       delta: arguments of a `GatedDelta` in place of the `MultiHeadAttention`, or None.
@@ -81,8 +84,11 @@ class TransformerBlock(nn.Module):
     qk_scale: float | None = None
     value_norm: bool = False
     value_is_key: bool = False
+    shares_keys: bool = False
+    clips: bool = False
     post_norm: bool = False
     layer_scale: float | None = None
+    own_input_dim: int | None = None
     output_scale: bool = False
     gated_attention: bool = False
     latent: Config | None = None
@@ -99,8 +105,12 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None,
         context: Context,
         half: Literal["both", "attention", "feed_forward"] = "both",
+        own_input: Float[Array, "B T P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the output (with `half`, of one of the two steps only) and the values to write to the cache."""
+        """Returns the output (with `half`, of one of the two steps only) and the values to write to the cache.
+
+        `cache` is a `SharedKeyValue` for a block with `shares_keys`, `own_input` that of one with `own_input_dim`.
+        """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         if half != "feed_forward":
@@ -119,6 +129,9 @@ class TransformerBlock(nn.Module):
             if self.post_norm:
                 out = Norm(name="mlp_post_norm", **norm)(out)
             x = x + self._scaled(out, "mlp_scale")
+            if self.own_input_dim is not None:
+                gated = GatedInput(self.own_input_dim, self.activation, name="own_input", **settings)
+                x = x + Norm(name="own_input_norm", **norm)(gated(x, own_input))
             if self.output_scale:
                 factor = self.param("output_scale", with_axes(nn.initializers.ones, axes.NORM), (1,), self.param_dtype)
                 x = x * jax.lax.stop_gradient(factor).astype(self.dtype)[None, None]
@@ -141,7 +154,9 @@ class TransformerBlock(nn.Module):
             qk_scale=self.qk_scale,
             value_norm=self.value_norm,
             value_is_key=self.value_is_key,
+            shares_keys=self.shares_keys,
             gated=self.gated_attention,
+            clips=self.clips,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,
@@ -151,7 +166,8 @@ class TransformerBlock(nn.Module):
         if self.experts is not None:
             return MixtureOfExperts(activation=self.activation, name="mlp", **self.experts, **settings)
         bias = self.use_bias if self.mlp_bias is None else self.mlp_bias
-        return Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=bias, name="mlp", **settings)
+        clips = {"use_bias": bias, "clips": self.clips}
+        return Mlp(self.mlp_dim, self.activation, gated=self.gated, name="mlp", **clips, **settings)
 
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
         if self.layer_scale is None:
@@ -205,8 +221,8 @@ class _ScannedBlock(TransformerBlock):
     num_ropes: int = 1
 
     @nn.compact
-    def __call__(self, x, cache, own, index, levels, context):  # type: ignore[override]
-        y, cache = super().__call__(x, cache, own.context(context, self.num_ropes))
+    def __call__(self, x, cache, own, index, own_input, levels, context):  # type: ignore[override]
+        y, cache = super().__call__(x, cache, own.context(context, self.num_ropes), own_input=own_input)
         return with_level(y, levels, index), (cache, x if self.collect else None)
 
 
@@ -243,22 +259,24 @@ class TransformerStack(nn.Module):
         cache: LayerCache | None = None,
         collect: bool = False,
         levels: Float[Array, "B T F"] | None = None,
+        own_inputs: Float[Array, "B T L P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "L B T D"] | None]:
         """Returns the last output, the values to write to the cache, and, with `collect`, [depth + 1, B, T, D].
 
         The collected states are the input of every block and the output of the last. `levels` are added to the outputs
-        of the first blocks; see `with_level`.
+        of the first blocks; see `with_level`. `own_inputs` are those of every block, where blocks have such.
         """
         if not self.is_initializing() and has_per_layer(self.variables["params"]["layers"]):
-            return *self.run(x, context, 0, self.depth, cache=cache, levels=levels), None
+            return *self.run(x, context, 0, self.depth, cache=cache, levels=levels, own_inputs=own_inputs), None
         block = _ScannedBlock
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
+        scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
         index = None if levels is None else jnp.arange(self.depth)
         layers = scanned(collect=collect, num_ropes=self._num_ropes, name="layers", **self.block)
-        x, (cache, inputs) = layers(x, cache, self.own(0, self.depth), index, levels, context)
+        given = None if own_inputs is None else jnp.moveaxis(own_inputs, 2, 0)
+        x, (cache, inputs) = layers(x, cache, self.own(0, self.depth), index, given, levels, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
@@ -270,20 +288,28 @@ class TransformerStack(nn.Module):
         *,
         cache: LayerCache | None = None,
         levels: Float[Array, "B T F"] | None = None,
+        own_inputs: Float[Array, "B T L P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Runs blocks `start` to `stop` - 1; `cache` and the values to write to it are of these blocks only.
+        """Runs blocks `start` to `stop` - 1; `cache`, the values to write to it and `own_inputs` are of these only.
 
         `levels` begin with what is added to block `start`. Without blocks there is nothing to write.
         """
-        x, (cache,) = in_turn([Part(self, context, start, cache)], stop - start, x, levels)
+        part = Part(self, context, start, cache)
+        x, (cache,) = in_turn([part], stop - start, x, levels, own_inputs, indexed=cache is not None)
         return x, cache
 
     def attend(
-        self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        index: int,
+        *,
+        cache: LayerCache | SharedKeyValue | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
         """x + attention(norm(x)) of block `index`, the values to write to its cache, and its queries and keys."""
         params = self.layers_of(x)
-        own, cache = of_layers(params, index), of_layers(cache, 0)
+        own = of_layers(params, index)
+        cache = cache if isinstance(cache, SharedKeyValue) else of_layers(cache, 0)
         context = self.context_of(index, context)
         run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
         (x, cache), sown = run(own, x, cache)
@@ -292,12 +318,21 @@ class TransformerStack(nn.Module):
         return x, cache, Heads(heads["queries"], heads["keys"])
 
     def feed_forward(
-        self, x: Float[Array, "B T D"], index: int, *, levels: Float[Array, "B T F"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        index: int,
+        *,
+        levels: Float[Array, "B T F"] | None = None,
+        own_input: Float[Array, "B T P"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """x + mlp(norm(x)) of block `index`, with what `levels` adds to it, with which they begin."""
+        """x + mlp(norm(x)) of block `index`, with what its own input and `levels` add, which begin with it."""
+
+        def half(params: Params, x: jax.Array, given: jax.Array | None) -> jax.Array:
+            out, _ = self._apply(params, x, None, Context("full"), half="feed_forward", own_input=given)
+            return out[0]
+
         own = of_layers(self.layers_of(x), index)
-        run = self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])
-        return with_level(run(own, x), levels, 0)
+        return with_level(self._rematted(half)(own, x, own_input), levels, 0)
 
     def context_of(self, index: int, context: Context) -> Context:
         """The context of block `index`, with the block's own window and rotary angles."""
@@ -319,11 +354,18 @@ class TransformerStack(nn.Module):
         return _Own(*found)
 
     def block_of(
-        self, params: Params, x: Float[Array, "B T D"], past: LayerCache | None, own: _Own, context: Context
+        self,
+        params: Params,
+        x: Float[Array, "B T D"],
+        past: LayerCache | SharedKeyValue | None,
+        own: _Own,
+        context: Context,
+        own_input: Float[Array, "B T P"] | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Runs one block with its parameters, cache, and what `own` says of it."""
         own_context = own.context(context, self._num_ropes)
-        return self._rematted(lambda p, x, past: self._apply(p, x, past, own_context)[0])(params, x, past)
+        run = self._rematted(lambda p, x, past, given: self._apply(p, x, past, own_context, own_input=given)[0])
+        return run(params, x, past, own_input)
 
     def layers_of(self, x: jax.Array) -> Params:
         """The stacked parameters; at initialisation they are sampled as usual."""
@@ -349,6 +391,7 @@ class Part(NamedTuple):
       start: index in the stack of the first of them.
       cache: of consecutive blocks of the stack, among which they are; None for none.
       skip: blocks of the cache before the first of them.
+      shared: keys and values that all of them read; None for their own.
     """
 
     stack: TransformerStack
@@ -356,10 +399,17 @@ class Part(NamedTuple):
     start: int
     cache: LayerCache | None
     skip: int = 0
+    shared: SharedKeyValue | None = None
 
 
 def in_turn(
-    parts: Sequence[Part], repeats: int, x: Float[Array, "B T D"], levels: Float[Array, "B T F"] | None = None
+    parts: Sequence[Part],
+    repeats: int,
+    x: Float[Array, "B T D"],
+    levels: Float[Array, "B T F"] | None = None,
+    own_inputs: Float[Array, "B T L P"] | None = None,
+    *,
+    indexed: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
     """Runs one block of every part, in order, then the next block of every part, `repeats` times, as one scan.
 
@@ -368,6 +418,9 @@ def in_turn(
       repeats: blocks of every part; without any there is nothing to write.
       x: the input of the first block.
       levels: begin with what is added to the first block; see `with_level`.
+      own_inputs: of every block, in order, where blocks have such.
+      indexed: whether blocks take their parameters and caches from the stacks by an index, as is best with a cache that
+        is written, instead of from slices of the stacks.
 
     Returns:
       The output of the last block, and of every part the values to write to the cache of these blocks.
@@ -376,33 +429,38 @@ def in_turn(
         return x, (None,) * len(parts)
     params = tuple(part.stack.layers_of(x) for part in parts)
     kinds = tuple(part.stack.own(part.start, part.start + repeats) for part in parts)
-    numbers = jnp.arange(repeats)
+    given = None
+    if own_inputs is not None:
+        by_part = own_inputs.reshape(*x.shape[:2], repeats, len(parts), -1)
+        given = jnp.moveaxis(by_part, (2, 3), (0, 1))
+    each = kinds, jnp.arange(repeats), given
 
     def layers(x: jax.Array, inputs: Tree) -> Tree:
-        *of_parts, number = inputs
+        of_parts, past, (kinds, number, given) = inputs
         fresh = []
-        for place, (part, own, past, kind) in enumerate(zip(parts, *of_parts, strict=True)):
-            x, new = part.stack.block_of(own, x, past, kind, part.context)
+        for place, (part, own, held, kind) in enumerate(zip(parts, of_parts, past, kinds, strict=True)):
+            held = held if part.shared is None else part.shared
+            own_input = None if given is None else given[place]
+            x, new = part.stack.block_of(own, x, held, kind, part.context, own_input)
             x = with_level(x, levels, number * len(parts) + place)
             fresh.append(new)
         return x, tuple(fresh)
 
     def indexed_layers(x: jax.Array, inputs: Tree) -> Tree:
-        kinds, number = inputs
+        number = inputs[1]
         own = tuple(of_layers(of_part, part.start + number) for part, of_part in zip(parts, params, strict=True))
         past = tuple(of_layers(part.cache, part.skip + number) for part in parts)
-        return layers(x, (own, past, kinds, number))
+        return layers(x, (own, past, inputs))
 
     def sliced(starts: Sequence[int], trees: Sequence[Tree]) -> tuple[Tree, ...]:
         return tuple(of_layers(tree, slice(first, first + repeats)) for first, tree in zip(starts, trees, strict=True))
 
     apart = has_per_layer(params)
-    cached = any(part.cache is not None for part in parts)
     unroll = max(1, max(part.stack.unroll for part in parts) // len(parts))
     # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
     # stack is a sum over layers of whole stacks, so training slices.
-    if cached and not apart:
-        return jax.lax.scan(indexed_layers, x, (kinds, numbers), unroll=unroll)
+    if indexed and not apart:
+        return jax.lax.scan(indexed_layers, x, each, unroll=unroll)
     past = sliced([part.skip for part in parts], [part.cache for part in parts])
-    inputs = sliced([part.start for part in parts], params), past, kinds, numbers
+    inputs = sliced([part.start for part in parts], params), past, each
     return in_sequence(layers, x, inputs, repeats) if apart else jax.lax.scan(layers, x, inputs, unroll=unroll)

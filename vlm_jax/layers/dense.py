@@ -55,6 +55,7 @@ class Dense(nn.Module):
       use_bias: adds a bias, named after the output axis.
       kernel_init: initialiser of the kernel.
       adapts: whether it can have an adapter; False where other modules read the kernel.
+      clips: bounds the input and the output by four stored numbers, which are not learned.
       dtype: dtype of the product; parameters are cast to it.
       param_dtype: dtype of the stored parameters.
     """
@@ -64,11 +65,14 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Initializer = KERNEL_INIT
     adapts: bool = True
+    clips: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        if self.clips:
+            x = self._clipped(x, "input")
         box, shape = LinearKernel if self.adapts else Named, (x.shape[-1], self.features)
         init = with_axes(self.kernel_init, *self.kernel_axes, box=box)
         y = jnp.dot(x.astype(self.dtype), self.param("kernel", init, shape, self.param_dtype).astype(self.dtype))
@@ -79,7 +83,17 @@ class Dense(nn.Module):
                 "bias", with_axes(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
             )
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return self._clipped(y, "output") if self.clips else y
+
+    def _clipped(self, x: Float[Array, "*batch D"], name: str) -> Float[Array, "*batch D"]:
+        """x inside its stored bounds, infinite at first."""
+        least, most = (
+            jax.lax.stop_gradient(
+                self.param(f"{name}_{end}", with_axes(nn.initializers.constant(bound)), (), self.param_dtype)
+            ).astype(x.dtype)
+            for end, bound in (("min", -jnp.inf), ("max", jnp.inf))
+        )
+        return jnp.clip(x, least, most)
 
 
 class Embed(nn.Module):

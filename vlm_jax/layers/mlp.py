@@ -51,6 +51,7 @@ class Mlp(nn.Module):
       out_dim: output width; the input's when None.
       use_bias: biases on every linear layer.
       depth: number of linear layers.
+      clips: `clips` of every linear layer; see `Dense`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -64,6 +65,7 @@ class Mlp(nn.Module):
     first_dim: int | None = None
     use_bias: bool = True
     depth: int = 2
+    clips: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -76,7 +78,12 @@ class Mlp(nn.Module):
         """
         if self.depth < (2 if self.gated else 1):
             raise ValueError(f"depth: expected at least {2 if self.gated else 1} linear layers, got {self.depth}")
-        settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        settings = {
+            "use_bias": self.use_bias,
+            "clips": self.clips,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
         act = ACTIVATIONS[self.activation]
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:

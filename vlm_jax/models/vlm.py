@@ -19,6 +19,7 @@ from vlm_jax.models.guide import Guide
 from vlm_jax.reducers.behind_connector import kept_levels, positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
+    NO_ID,
     PADDING_SEGMENT,
     PROMPT_SEGMENT,
     TEXT_SLOT,
@@ -44,6 +45,7 @@ class Embedded(NamedTuple):
       segment_ids: those of the batch; a masked visual token is padding.
       places: positions of the visual tokens, for a decoder that drops some of them, else None.
       positions: those of the batch, with the original positions of visual tokens that keep them.
+      token_ids: those of the batch, and `NO_ID` at visual tokens.
       levels: what is added to the outputs of the decoder's first blocks, D channels for each, concatenated: those of
         the visual tokens, and zeros for text; None for nothing.
     """
@@ -52,6 +54,7 @@ class Embedded(NamedTuple):
     segment_ids: Int[Array, "B T"]
     places: VisualPlaces | None
     positions: Positions
+    token_ids: Int[Array, "B T"]
     levels: Float[Array, "B T F"] | None = None
 
 
@@ -266,7 +269,7 @@ class VLM(nn.Module):
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
             segments = jnp.asarray(batch.segment_ids)
-            return Embedded(text, segments, None, without_masked(batch, segments))
+            return Embedded(text, segments, None, without_masked(batch, segments), jnp.asarray(batch.tokens))
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(
             flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
@@ -300,8 +303,9 @@ class VLM(nn.Module):
                     "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
-        x = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows)
-        return Embedded(x, segments, places, positions, levels)
+        is_text = batch.visual_index == TEXT_SLOT
+        x = jnp.where(is_text[..., None], text, rows)
+        return Embedded(x, segments, places, positions, jnp.where(is_text, batch.tokens, NO_ID), levels)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
         """Float32 logits at every position; without a decoder, the visual tokens of the images."""
@@ -330,6 +334,7 @@ class VLM(nn.Module):
             places=given.places,
             levels=given.levels,
             group_ids=batch.group_ids,
+            token_ids=given.token_ids,
         )
         return hidden
 
@@ -363,6 +368,7 @@ class VLM(nn.Module):
             places=given.places,
             levels=given.levels,
             group_ids=batch.group_ids,
+            token_ids=given.token_ids,
         )
         assert written is not None
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
@@ -376,6 +382,6 @@ class VLM(nn.Module):
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
         segments = jnp.full_like(tokens, PROMPT_SEGMENT)
-        hidden, written = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
+        hidden, written = self.decoder(self.decoder.embed(tokens), positions, segments, cache, token_ids=tokens)
         assert written is not None
         return self.decoder.logits(hidden[:, -1]), written

@@ -1,6 +1,6 @@
 """Gemma 4: a tower of any image size, means of squares of patches with one linear layer, and a language model.
 
-A tower with clipped linear layers raises an error. Tensors for audio are kept and not loaded.
+The audio tower of the small sizes (E2B, E4B) is not read: its tensors are kept and not loaded (`UNREAD`).
 """
 
 import re
@@ -45,6 +45,8 @@ VISION_DEFAULTS: Fields = {
     "use_clipped_linears": False,
     "standardize": False,
 }
+# Keys of the audio tower and its projection, which are not read, behind the prefix of the system's.
+UNREAD = r"(audio_tower|embed_audio)\..*"
 _TABLE = "patch_embedder.position_embedding_table"
 
 
@@ -79,7 +81,7 @@ def describe(
         connector,
         packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window),
         rules,
-        (rf"{re.escape(projection)}(audio_tower|embed_audio)\..*",),
+        (rf"{re.escape(projection)}{UNREAD}",),
     )
     return with_language(
         visual,
@@ -118,7 +120,7 @@ def tower(config: Config, where: str, **dtypes: Dtype) -> AxialViT:
     read = {key: value for key, value in config.items() if key in VISION_DEFAULTS}
     settings = with_defaults(read, VISION_DEFAULTS, where)
     rope = {"rope_type": "axial", "rope_theta": 100.0, **(settings["rope_parameters"] or {})}
-    check_supported(settings, {"hidden_activation": tuple(ACTIVATIONS), "use_clipped_linears": (False,)}, where)
+    check_supported(settings, {"hidden_activation": tuple(ACTIVATIONS)}, where)
     check_supported(rope, {"rope_type": ("axial", "default")}, f"{where}.rope_parameters")
     heads, kv_heads, head_dim = text_sizes({**settings, "vocab_size": 1}, where)
     if head_dim % 4:
@@ -136,6 +138,7 @@ def tower(config: Config, where: str, **dtypes: Dtype) -> AxialViT:
         merge_size=settings["pooling_kernel_size"],
         table_length=settings["position_embedding_size"],
         rope_theta=float(rope["rope_theta"]),
+        clips=settings["use_clipped_linears"],
         **dtypes,
     )
 
@@ -148,4 +151,5 @@ def _tower_rules(encoder: AxialViT) -> tuple[Rule, ...]:
         num_kv_heads=encoder.num_kv_heads,
         table=encoder.table_length,
         width=encoder.width,
+        clips=encoder.clips,
     )

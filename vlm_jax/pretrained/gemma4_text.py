@@ -1,11 +1,13 @@
 """The language model of Gemma 4: blocks that are local, with a window, or global, with wider heads.
 
-Layers with embeddings of their own or with shared keys and values (E2B, E4B) are not read.
+In the small sizes (E2B, E4B) blocks have inputs of their own, and the last ones read earlier blocks' keys and values.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping
 
-from vlm_jax.checkpoints.maps.gemma4 import block_rules, expert_rules
+from vlm_jax.checkpoints.maps.gemma4 import block_rules, expert_rules, input_rules
 from vlm_jax.checkpoints.maps.torch_layers import rms_norm
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.decoders.mixed import BlockKind, MixedTransformer
@@ -41,9 +43,12 @@ TEXT_DEFAULTS: Fields = {
     "layer_types": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": None,
+    "vocab_size_per_layer_input": 262_144,
     "hidden_size_per_layer_input": 256,
+    "pad_token_id": 0,
     "attention_k_eq_v": False,
     "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
     "enable_moe_block": False,
     "num_experts": None,
     "top_k_experts": None,
@@ -56,11 +61,6 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ROPES: Fields = {
     LOCAL: {"rope_type": "default", "rope_theta": 10_000.0},
     GLOBAL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-}
-# Parts of some sizes, the setting of each without it, and its name in errors.
-_UNREAD = {
-    "hidden_size_per_layer_input": (0, "embeddings of each layer's own (E2B, E4B)"),
-    "num_kv_shared_layers": (0, "layers that share keys and values (E2B, E4B)"),
 }
 
 
@@ -76,13 +76,6 @@ def gemma4(
     if "per_layer_config" in read:  # null, as in transformers, is not the default: layers are alike
         read["per_layer_config"] = read["per_layer_config"] or {}
     settings = with_defaults(read, TEXT_DEFAULTS, where)
-    wrong = [
-        f"{where}.{key}: {part} are not supported; expected {none}, got {settings[key]!r}"
-        for key, (none, part) in _UNREAD.items()
-        if settings[key] != none
-    ]
-    if wrong:
-        raise PretrainedError("\n".join(wrong))
     switches = {"hidden_activation": tuple(ACTIVATIONS), "attention_bias": (True, False)}
     check_supported(settings, {**switches, "use_bidirectional_attention": (None, "vision")}, where)
     heads, *_ = text_sizes(settings, where)
@@ -102,18 +95,42 @@ def gemma4(
         embedding_scale=settings["hidden_size"] ** 0.5,
         logit_softcap=settings["final_logit_softcapping"],
         tie_embeddings=tied,
+        **_own_inputs(settings, where),
         **_experts(settings, where),
         **dtypes,
     )
-    rules = [*rms_norm("norm", "final_norm")]
+    rules = [*rms_norm("norm", "final_norm"), *(input_rules() if decoder.own_input_dim is not None else ())]
     for name, layers in decoder.stacks():
-        own = not kinds[order[layers[0]]].value_is_key
-        rules += block_rules(f"{name}/layers", layers, value=own, bias=bias)
+        kind = kinds[order[layers[0]]]
+        own = {"key": kind.shares_with is None, "value": not kind.value_is_key}
+        inputs = decoder.own_input_dim is not None
+        rules += block_rules(f"{name}/layers", layers, **own, bias=bias, own_input=inputs)
         if decoder.expert_dim is not None:
             rules += expert_rules(f"{name}/layers", layers, decoder.expert_dim)
     table, head = f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight"
     whole = (*prefixed(rules, names.trunk), *vocabulary(table, head, checkpoint, where, tied=tied))
-    return LanguageModel(decoder, whole)
+    shared = [str(number) for number, index in enumerate(order) if kinds[index].shares_with is not None]
+    unread = rf"{re.escape(names.trunk)}layers\.({'|'.join(shared)})\.self_attn\.[kv]_(proj|norm)\..*"
+    return LanguageModel(decoder, whole, (unread,) if shared else ())
+
+
+def _own_inputs(settings: Config, where: str) -> Fields:
+    """Fields of the inputs of every block's own, if there are any."""
+    if not settings["hidden_size_per_layer_input"]:
+        return {}
+    rows, ids = settings["vocab_size_per_layer_input"], settings["vocab_size"]
+    if rows < ids:
+        raise PretrainedError(
+            f"{where}.vocab_size_per_layer_input: expected a row for each of {ids} ids of vocab_size, got {rows}"
+        )
+    pad = settings["pad_token_id"] or 0
+    if not 0 <= pad < rows:
+        raise PretrainedError(f"{where}.pad_token_id: expected the row of visual tokens, 0 to {rows - 1}, got {pad}")
+    return {
+        "own_input_dim": settings["hidden_size_per_layer_input"],
+        "own_input_rows": rows,
+        "placeholder": pad,
+    }
 
 
 def _experts(settings: Config, where: str) -> Fields:
@@ -147,8 +164,44 @@ def _kinds(settings: Config, where: str) -> tuple[tuple[BlockKind, ...], tuple[i
             f"{where}.sliding_window: layers of {LOCAL} need a positive number, got {settings['sliding_window']!r}"
         )
     made = [_kind(settings, types[number], own, where) for number, own in enumerate(_own_heads(settings, types, where))]
-    kinds = tuple(dict.fromkeys(made))
-    return kinds, tuple(map(kinds.index, made))
+    kinds = tuple(dict.fromkeys(made[: depth - settings["num_kv_shared_layers"]]))
+    shared = _sharing(settings, types, made, kinds, where)
+    whole = [*made[: depth - len(shared)], *shared]
+    kinds = tuple(dict.fromkeys(whole))
+    return kinds, tuple(map(kinds.index, whole))
+
+
+def _sharing(
+    settings: Config, types: list[str], made: list[BlockKind], kinds: tuple[BlockKind, ...], where: str
+) -> list[BlockKind]:
+    """The kinds of the last layers, which read keys and values of the last earlier layer of their type.
+
+    Args:
+      settings: the released section.
+      types: of all layers.
+      made: their kinds, without sharing.
+      kinds: the different ones of the layers with keys and values of their own.
+      where: name of the section for errors.
+    """
+    first = len(types) - settings["num_kv_shared_layers"]
+    sources = {kind: number for number, kind in enumerate(types[: max(first, 0)])}
+    missing = sorted(set(types[max(first, 0) :]) - set(sources))
+    if missing:
+        raise PretrainedError(
+            f"{where}.num_kv_shared_layers: expected earlier layers of {' and '.join(missing)} with keys and values "
+            f"of their own, of {len(types)} layers, got {settings['num_kv_shared_layers']}"
+        )
+    found = []
+    for number in range(first, len(types)):
+        own, source = made[number], made[sources[types[number]]]
+        if own.head_dim != source.head_dim:
+            raise PretrainedError(
+                f"{where}.per_layer_config.{number}.head_dim: expected {source.head_dim}, as layer "
+                f"{sources[types[number]]}, whose keys this layer reads, got {own.head_dim}"
+            )
+        wide = 2 * settings["intermediate_size"] if settings["use_double_wide_mlp"] else None
+        found.append(dataclasses.replace(source, rope=own.rope, mlp_dim=wide, shares_with=kinds.index(source)))
+    return found
 
 
 def _own_heads(settings: Config, types: list[str], where: str) -> list[Fields]:

@@ -1,5 +1,6 @@
 """Gemma 4: the vision tower, its pooler and projection, and the blocks of its language model."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,13 +17,19 @@ _NORMS = {
 }
 
 
-def tower_rules(*, head_dim: int, num_heads: int, num_kv_heads: int, table: int, width: int) -> tuple[Rule, ...]:
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
+
+def tower_rules(
+    *, head_dim: int, num_heads: int, num_kv_heads: int, table: int, width: int, clips: bool
+) -> tuple[Rule, ...]:
     """Patches, positions and blocks of an `AxialViT`.
 
     Args:
       head_dim, num_heads, num_kv_heads: of the attention.
       table: rows of the position table of an axis.
       width: residual width.
+      clips: whether the linear layers have bounds.
     """
     block, ours, part = "encoder.layers.{layer}", "blocks/layers", Permute(0, _order(head_dim))
     row = Chain(Split(0, (1, 1)), Parallel(*(_of_one(table, width) for _ in range(2))))
@@ -40,6 +47,11 @@ def tower_rules(*, head_dim: int, num_heads: int, num_kv_heads: int, table: int,
         ]
     for name in ("gate", "up", "down"):
         rules += linear(f"{block}.mlp.{name}_proj.linear", f"{ours}/mlp/{name}", bias=False)
+    if clips:
+        layers = {f"self_attn.{name[0]}_proj": f"attention/{name}" for name in ("query", "key", "value", "out")}
+        layers |= {f"mlp.{name}_proj": f"mlp/{name}" for name in ("gate", "up", "down")}
+        bounds = itertools.product(layers.items(), _BOUNDS)
+        rules += [Rule(f"{block}.{theirs}.{bound}", f"{ours}/{name}/{bound}") for (theirs, name), bound in bounds]
     return (*rules, *_norm_rules(block, ours))
 
 
@@ -48,24 +60,42 @@ def pooler_rules(*, standardize: bool) -> tuple[Rule, ...]:
     return (Rule("std_bias", "shift"), Rule("std_scale", "spread")) if standardize else ()
 
 
-def block_rules(target: str, layers: Sequence[int], *, value: bool, bias: bool) -> tuple[Rule, ...]:
+def input_rules() -> tuple[Rule, ...]:
+    """What every block reads of the tokens besides its input, after `model.` -> `layer_inputs`."""
+    return (
+        Rule("embed_tokens_per_layer.weight", "layer_inputs/table/embedding"),
+        *linear("per_layer_model_projection", "layer_inputs/project", bias=False),
+        *rms_norm("per_layer_projection_norm", "layer_inputs/norm"),
+    )
+
+
+def block_rules(
+    target: str, layers: Sequence[int], *, key: bool, value: bool, bias: bool, own_input: bool
+) -> tuple[Rule, ...]:
     """Some blocks of the language model, after `model.`.
 
     Args:
       target: their stack.
       layers: their numbers.
+      key: whether they have keys and values of their own.
       value: whether values have a projection of their own.
       bias: whether the projections of the attention have biases.
+      own_input: whether they read an input of their own.
     """
     block, where = "layers.{layer}", {"layer": layers}
-    names = {"q": "query", "k": "key", "o": "out"} | ({"v": "value"} if value else {})
+    normed = {"q": "query"} | ({"k": "key"} if key else {})
+    names = {**normed, "o": "out"} | ({"v": "value"} if key and value else {})
     rules = [Rule(f"{block}.layer_scalar", f"{target}/output_scale", where=where)]
     for released, ours in names.items():
         rules += linear(f"{block}.self_attn.{released}_proj", f"{target}/attention/{ours}", bias=bias, where=where)
-    for released, ours in {"q": "query", "k": "key"}.items():
+    for released, ours in normed.items():
         rules += rms_norm(f"{block}.self_attn.{released}_norm", f"{target}/attention/{ours}_norm", where=where)
     for name in ("gate", "up", "down"):
         rules += linear(f"{block}.mlp.{name}_proj", f"{target}/mlp/{name}", bias=False, where=where)
+    if own_input:
+        rules += linear(f"{block}.per_layer_input_gate", f"{target}/own_input/gate", bias=False, where=where)
+        rules += linear(f"{block}.per_layer_projection", f"{target}/own_input/out", bias=False, where=where)
+        rules += rms_norm(f"{block}.post_per_layer_input_norm", f"{target}/own_input_norm", where=where)
     return (*rules, *_norm_rules(block, target, where))
 
 

@@ -2,6 +2,7 @@
 
 from vlm_jax.layers.attention.context import Context as Context
 from vlm_jax.layers.attention.context import KeyValue as KeyValue
+from vlm_jax.layers.attention.context import SharedKeyValue as SharedKeyValue
 from vlm_jax.layers.attention.context import allowed as allowed
 from vlm_jax.layers.attention.entry import attention as attention
 from vlm_jax.layers.attention.entry import choose_implementation as choose_implementation

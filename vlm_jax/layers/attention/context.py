@@ -38,6 +38,26 @@ class KeyValue(NamedTuple):
         return KeyValue(*map(joined, self, other))
 
 
+class SharedKeyValue(NamedTuple):
+    """Keys and values that a layer reads of an earlier one, which computed and cached them.
+
+    Attributes:
+      key, value: of the new positions, as attention takes them.
+      past: those in the cache before them, of that layer; None for none.
+    """
+
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+    past: KeyValue | None = None
+
+    @classmethod
+    def of(cls, fresh: KeyValue, past: KeyValue | None, dtype: Dtype) -> "SharedKeyValue":
+        """From what one layer writes to its cache, and what it reads there; without slots in it, nothing is past."""
+        key, value = fresh.key.transpose(0, 3, 1, 2), fresh.value.transpose(0, 2, 1, 3)
+        held = past if past is not None and past.key.shape[-1] else None
+        return cls(key.astype(dtype), value.astype(dtype), held)
+
+
 @struct
 class Context:
     """Inputs of attention other than the activations, shared by all layers of a stack.
