@@ -70,6 +70,7 @@ def test_visual_tokens_of_the_release():
     sizes = [(448, 448), (1344, 1344), (448, 896)]
     assert count_tokens(NAME, sizes) == (64, 640, 66 + 2 * 64)
     assert count_tokens(NAME, sizes[:2], 2560) == (256, 2560)
-    assert count_tokens(NAME, sizes[:2], 576) == (64, 576)  # of eight slices
+    # Eight slices of 11x6 tokens and the whole are too many; six of 7x10 are left.
+    assert count_tokens(NAME, sizes[:2], 576) == (64, 64 + 6 * 70)
     assert count_tokens(NAME, sizes[:2], 63) == (49, 49)
     assert count_tokens(NAME, sizes[:1], 0) == (None,)
