@@ -153,6 +153,12 @@ ROWS = (
         live="conversation (a video too) to answer, and back",
     ),
     Row(
+        "MiniCPM-V 4.6",
+        ("minicpmv4_6", "minicpmv4_6_vision"),
+        "native resolution with slices, a tower that merges patches (4x and 16x), merger, Qwen3.5",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
         "Idefics3, SmolVLM, SmolVLM2",
         ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"),
         "SigLIP tiles named in the text, pixel shuffle, Llama; SmolVLM: videos as frames with their times",

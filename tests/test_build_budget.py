@@ -23,6 +23,7 @@ ENCODERS = {
     "unmerged": {**VIT, "kind": "qwen_vit"},
     "siglip2_navit": VIT,
     "axial_vit": VIT,
+    "merging_vit": VIT,
     "rice_vit": VIT,
     "naflex": {**VIT, "table_grid": (4, 4)},
 }
@@ -31,6 +32,7 @@ CONNECTORS = {
     "windows": {"kind": "pixel_shuffle"},
     "rice_vit": {"kind": "concat"},
     "axial_vit": {"kind": "block_mean"},
+    "merging_vit": {"kind": "pixel_shuffle"},
     "siglip2_navit": {"kind": "visual_vocabulary", "vocab_size": 12},
 }
 

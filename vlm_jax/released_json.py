@@ -142,7 +142,7 @@ FORMS: dict[str, Form] = _table(
         text_hidden_size sliding_window_pattern mm_tokens_per_image global_head_dim pooling_kernel_size dim
         full_attention_interval linear_conv_kernel_dim position_id_per_seconds linear_key_head_dim
         linear_value_head_dim linear_num_key_heads linear_num_value_heads num_kv_heads
-        shared_expert_intermediate_size""",
+        shared_expert_intermediate_size merger_times""",
     ),
     (
         COUNT | NULL,
@@ -152,6 +152,8 @@ FORMS: dict[str, Form] = _table(
     ),
     (AT_LEAST_0 | NULL, "num_classes"),
     (AT_LEAST_0, "hidden_size_per_layer_input num_kv_shared_layers"),
+    (INDEX, "insert_layer_id"),
+    (PAIR, "merge_kernel_size window_kernel_size"),
     (AT_LEAST_0, "num_register_tokens first_k_dense_replace qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (DEPTH, "depth num_hidden_layers resampler_depth"),
     (DEPTH | list_of(DEPTH, 4), "layers"),
@@ -205,7 +207,7 @@ FORMS: dict[str, Form] = _table(
         projector_type concat_type ps_version scoring_func select_feature pooler_act projector_hidden_act s2_scales
         tile_tag tokenize_function topk_method vision_feature_select_strategy cls posemb pool_type text_model
         image_model img_model llm_model query_pre_attn_norm
-        global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy""",
+        global_view_pos vision_aspect_ratio vision_backbone_id llm_backbone_id image_resize_strategy downsample_mode""",
     ),
     (
         TEXT | NULL,
@@ -249,12 +251,14 @@ FORMS: dict[str, Form] = _table(
         FLAG | NULL,
         """do_resize do_rescale do_normalize do_center_crop do_pad normalize crop_to_patches do_sample_frames
         add_special_token cap_pixels_per_frame do_image_splitting crop_mode do_pan_and_scan
-        use_fused_vision_backbone tvf_do_letterbox""",
+        use_fused_vision_backbone tvf_do_letterbox slice_mode use_image_id""",
     ),
     (FLAG | TEXT | NULL, "use_bidirectional_attention"),
     (LARGE_AREA | NULL, "min_pixels max_pixels"),
     (POSITIVE | NULL, "fps"),
-    (AREA | NULL, "num_frames min_frames max_frames max_video_tokens"),
+    (AREA | NULL, "num_frames min_frames max_frames max_video_tokens max_num_frames stack_frames"),
+    (TILES, "max_slice_nums"),
+    (SIDE, "scale_resolution"),
     (SIDE | NULL, "pan_and_scan_min_crop_size"),
     (whole(1, 256) | NULL, "pan_and_scan_max_num_crops"),
     (whole(1, 1 << 16) | NULL, "max_soft_tokens"),

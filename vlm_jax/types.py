@@ -554,7 +554,7 @@ class Load:
       length: positions.
       images: tiles, or places of packed patches.
       kept: positions that are left after each drop of visual tokens inside the decoder.
-      pictures: pictures, and places of videos.
+      pictures: pictures, or their places where these are packed apart, and places of videos.
     """
 
     length: int

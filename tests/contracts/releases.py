@@ -150,6 +150,12 @@ _GEMMA4 = {
     "model.embed_vision.embedding_projection.weight": (1, 1),
     "model.language_model.embed_tokens.weight": (1, 1),
 }
+_MINICPM = {
+    "model.vision_tower.embeddings.patch_embedding.weight": (1,),
+    "model.merger.mlp.0.pre_norm.weight": (1,),
+    "model.language_model.embed_tokens.weight": (1, 1),
+    "lm_head.weight": (1, 1),
+}
 _OCR2 = {
     "model.qwen2_model.query_768.weight": (4, 1),
     "model.qwen2_model.query_1024.weight": (9, 1),
@@ -318,6 +324,39 @@ FOLDERS = {
         added=QWEN_TAGS,
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
+    ),
+    "minicpmv4_6": Folder(
+        {
+            "model_type": "minicpmv4_6",
+            "vision_config": {**SIGLIP, "patch_size": 2},
+            "insert_layer_id": 1,
+            "text_config": {
+                **TEXT,
+                "model_type": "qwen3_5_text",
+                "head_dim": 16,
+                "rms_norm_eps": 1e-2,  # what a head of Gated DeltaNet reads here is small, and its norm sharp
+                "layer_types": ["full_attention", "full_attention", "linear_attention"],
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+            },
+            **HEAD,
+        },
+        names=_MINICPM,
+        added=(
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<image>",
+            "</image>",
+            "<slice>",
+            "</slice>",
+            "<image_id>",
+            "</image_id>",
+        ),
+        image="<|image_pad|>",
+        files={"preprocessor_config.json": {"patch_size": 2, "scale_resolution": 24, "max_slice_nums": 2}},
     ),
     "qwen3_5_moe": Folder(
         {

@@ -20,16 +20,24 @@ SIZES = {"patch_size": 2}
 WINDOWS = {"window_size": 8, "full_layers": (1,)}
 FIELDS = {
     "axial_vit": [{"merge_size": 2, "table_length": 16, "depth": 1}],
+    "merging_vit": [{"depth": 2, "table_side": 5}, {"depth": 2, "table_side": 5, "merges": False}],
     "naflex": [{"table_grid": (3, 5)}],
     "qwen_vit": [{}, WINDOWS],
     "siglip2_navit": [{}, WINDOWS],
 }
+UNUSED = {("merging_vit", 1): "['merger']"}  # parameters that a mode has, and does not use
 KINDS = [
     pytest.param(kind, i, id=f"{kind}-{i}") for kind in PACKED_ENCODERS for i in range(len(FIELDS.get(kind, [{}])))
 ]
 every_kind = pytest.mark.parametrize(("kind", "number"), KINDS)
 LENGTH = 64
 GRIDS = [(1, 6, 4), (1, 2, 10)]  # of the images of a sequence; padding after
+LARGE = [(1, 4, 4), (1, 4, 4)]  # the same for blocks of 4x4
+
+
+def grids_of(form):
+    """Grids that blocks divide."""
+    return LARGE if form.merge_size == 4 else GRIDS
 
 
 def packed_for(encoder, batch=2):
@@ -37,7 +45,7 @@ def packed_for(encoder, batch=2):
     size = 3 * form.temporal_patch_size * form.patch_size**2
     rows = []
     for i in range(batch):
-        grids = GRIDS if i % 2 else GRIDS[::-1]
+        grids = grids_of(form)[:: 1 if i % 2 else -1]
         patches = rng.normal(size=(int(np.prod(grids, axis=1).sum()), size)).astype(np.float32)
         packing = {"merge_size": form.merge_size, "window": form.window, "class_tokens": form.class_tokens}
         rows.append(pack_patches(patches, grids, **packing, length=LENGTH))
@@ -63,10 +71,14 @@ def real(features):
 @every_kind
 def test_features_lie_where_the_mask_says(kind, number):
     encoder = made(kind, number)[0]
-    out = encode(kind, number)(packed_for(encoder))
-    assert out.tokens.shape == (2, LENGTH, encoder.features) and out.mask.shape == (2, LENGTH)
-    assert out.grid[0] * out.grid[1] == LENGTH and out.block == encoder.patch_format.merge_size
-    np.testing.assert_array_equal(out.mask, np.broadcast_to(np.arange(LENGTH) < 44, (2, LENGTH)))
+    form, out = encoder.patch_format, encode(kind, number)(packed_for(encoder))
+    square = (form.merge_size // out.block) ** 2  # patches that became a feature
+    length, real_ones = LENGTH // square, int(np.prod(grids_of(form), axis=1).sum()) // square
+    assert out.tokens.shape == (2, length, encoder.features) and out.mask.shape == (2, length)
+    assert out.grid[0] * out.grid[1] == length
+    np.testing.assert_array_equal(out.mask, np.broadcast_to(np.arange(length) < real_ones, (2, length)))
+    rows, cols = encoder.grid(form.block_size, form.block_size)
+    assert (rows, cols) == (out.block, out.block)
     assert np.isfinite(real(out)).all()
 
 
@@ -96,7 +108,9 @@ def test_every_parameter_is_named_and_has_a_finite_gradient(kind, number):
 
     for path, grad in leaves(jax.jit(jax.grad(loss))(nn.meta.unbox(boxed))).items():
         assert np.isfinite(grad).all(), path
-        if not path.endswith("['key']['bias']"):  # where nothing is rotated, softmax does not see it
+        if (unused := UNUSED.get((kind, number))) is not None and unused in path:
+            assert not grad.any(), path
+        elif not path.endswith("['key']['bias']"):  # where nothing is rotated, softmax does not see it
             assert np.abs(grad).max() > 1e-6, path
 
 

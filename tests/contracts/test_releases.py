@@ -69,6 +69,7 @@ TOKENS = {
     "llava_next": (16, 3),
     "llava_onevision": (16, 3),
     "llavaonevision1_5": (10, 1),
+    "minicpmv4_6": (8, 1),
     "mobilevlm": (144, 1),
     "multi_modality": (144, 1),
     "ovis": (9, 1),
@@ -88,8 +89,10 @@ TOKENS = {
 }
 # Tokens of the tiles behind the whole, where they have another size.
 PARTS = dict.fromkeys(("DeepseekOCR2", "deepseek_ocr", "deepseek_ocr2"), (4, 4))
+# Tokens of the slices behind a packed whole.
+SLICES = {"minicpmv4_6": (9, 9)}
 PACKED = (
-    *("gemma4", "llavaonevision1_5", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
+    *("gemma4", "llavaonevision1_5", "minicpmv4_6", "ovis2_5", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
     *("qwen3_5_moe", "qwen3_vl"),
 )
 # What is refused, and a part of the message.
@@ -97,7 +100,7 @@ _JOINED = (*PARTS, "deepseek_vl_hybrid", "prismatic")  # towers of two encoders
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
     ("qwen", "downsample_image"): "queries of Resampler make 9 tokens all the same",
-    **{(name, "pyramid_drop"): "which are gated delta layers" for name in ("qwen3_5", "qwen3_5_moe")},
+    **{(name, "pyramid_drop"): "which are gated delta layers" for name in ("minicpmv4_6", "qwen3_5", "qwen3_5_moe")},
     ("deepseek_vl_hybrid", "downsample_image"): "Hybrid gives 4x4 of 32x32 pixels",
     ("prismatic", "downsample_image"): "Hybrid",
     **{(name, "tome"): _GRID for name in ("deepseek_vl_v2", "internvl", "internvl_chat", "mobilevlm")},
@@ -169,7 +172,7 @@ def logits_of(model, batch):
 def groups_of(name):
     """Tokens of every tile of a picture."""
     tokens, tiles = TOKENS[name]
-    return [*[tokens] * tiles, *PARTS.get(name, ())]
+    return [*[tokens] * tiles, *PARTS.get(name, ()), *SLICES.get(name, ())]
 
 
 def met(name, cell):

@@ -1,6 +1,7 @@
 """Processors of transformers, tiny, and how what they make is compared with ours."""
 
 import json
+import warnings
 
 import numpy as np
 import tokenizers
@@ -23,6 +24,8 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -90,7 +93,9 @@ def official(theirs, messages, images, return_tensors="np", **options):
 def official_video(theirs, messages, frames, fps, **metadata):
     """The same of a conversation with a video, whose frames are chosen already."""
     described = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames))), **metadata}
-    made = official(theirs, messages, [], "pt", videos=[frames], video_metadata=[described])
+    with warnings.catch_warnings():  # MiniCPM-V's processor sums a tensor by NumPy
+        warnings.filterwarnings("ignore", message="__array_wrap__ must accept context")
+        made = official(theirs, messages, [], "pt", videos=[frames], video_metadata=[described])
     return {name: np.asarray(value) for name, value in made.items()}
 
 
@@ -448,3 +453,42 @@ def filled_patches(theirs, kind, side):
         blocks = patches[real].reshape(rows // side, side, columns // side, side, -1).swapaxes(1, 2)
         found.append(blocks.reshape(rows * columns, -1))
     return 2 * np.concatenate(found) - 1
+
+
+# openbmb/MiniCPM-V-4.6, tokenizer_config.json.
+MINICPM_NAMES = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "image_start_token": "<image>",
+    "image_end_token": "</image>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+}
+
+
+def minicpm_v_processor(mode="16x", images=None, videos=None, chat_template=None, **names):
+    """Views of 2x2 tokens of 8 pixels, of frames of 3x3; in the mode `4x` of four times as many."""
+    same = {"patch_size": 2, "downsample_mode": mode}
+    frames = {"scale_resolution": 24, "max_slice_nums": 2, "image_mean": [0.4, 0.5, 0.6], "do_sample_frames": False}
+    return transformers.MiniCPMV4_6Processor(
+        MiniCPMV4_6ImageProcessorPil(**same, **{"scale_resolution": 16, "max_slice_nums": 4, **(images or {})}),
+        MiniCPMV4_6VideoProcessor(**same, **{**frames, **(videos or {})}),
+        tokenizer(**MINICPM_NAMES, **names),
+        chat_template=chat_template or template("<|image_pad|>", video="<|video_pad|>"),
+    )
+
+
+def navit_patches(theirs, kind, side):
+    """MiniCPM-V's patches of images or of frames, in blocks of side x side."""
+    ending = "_videos" if kind == "video" else ""
+    pixels, found, start = np.asarray(theirs[f"pixel_values{ending}"])[0], [], 0
+    for rows, columns in np.asarray(theirs[f"target_sizes{ending}"]):
+        channels, size, _ = pixels.shape
+        own = pixels[..., start : start + rows * columns * size]
+        patches = own.reshape(channels, size, rows, columns, size).transpose(2, 3, 0, 1, 4)
+        blocks = patches.reshape(rows // side, side, columns // side, side, -1).swapaxes(1, 2)
+        found.append(blocks.reshape(rows * columns, -1))
+        start += rows * columns * size
+    return np.concatenate(found)

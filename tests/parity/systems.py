@@ -21,6 +21,7 @@ from .processors import (
     llava_next_processor,
     llava_onevision_processor,
     llava_processor,
+    minicpm_v_processor,
     ovis2_processor,
     paligemma_processor,
     qwen,
@@ -528,6 +529,34 @@ def qwen3_5_moe(folder):
     classes = transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration
     tower = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
     return qwen_vl(folder, "qwen3_vl", *classes, tower, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=16)
+
+
+MINICPM_TOWER = {
+    "hidden_size": 8,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 14,
+    "patch_size": 2,
+}
+
+
+def minicpm_v(folder, mode="16x", layer=1):
+    processor = minicpm_v_processor(mode)
+    vocabulary = processor.tokenizer
+    config = transformers.MiniCPMV4_6Config(
+        vision_config=MINICPM_TOWER,
+        text_config={"model_type": "qwen3_5_text", "vocab_size": len(vocabulary), **TEXT, **QWEN3_5},
+        insert_layer_id=layer,
+        downsample_mode=mode,
+        **{f"{kind}_token_id": vocabulary.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")},
+    )
+    return saved(folder, processor, transformers.MiniCPMV4_6ForConditionalGeneration(config))
+
+
+def minicpm_v_4x(folder):
+    """Four times as many tokens: the tower does not merge."""
+    return minicpm_v(folder, "4x")
 
 
 def qwen3_vl_moe(folder):

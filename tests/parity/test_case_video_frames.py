@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import idefics3, internvl_hf, qwen_hf
+from vlm_jax.pretrained.processing import idefics3, internvl_hf, minicpm_v4_6, qwen_hf
 from vlm_jax.pretrained.processing.settings import video_settings
 from vlm_jax.processors.views import PictureMismatch
 
@@ -70,6 +71,15 @@ def test_frames_of_internvl(tmp_path, stated, total, fps):
 def test_frames_of_smolvlm(stated, total, fps):
     """Of the longer ones with 5 frames the first and the last second are skipped."""
     assert ours(idefics3.sampler(stated), total, fps) == theirs(SmolVLMVideoProcessor(**stated), total, fps)
+
+
+@pytest.mark.parametrize(("total", "fps"), [*LENGTHS, (1, 30.0), (3000, 25.0), (4000, 29.97)])
+@pytest.mark.parametrize("stated", [{}, {"max_num_frames": 5}, {"max_num_frames": 25}])
+def test_frames_of_minicpm_v(stated, total, fps):
+    """The first of every second, and of a longer video as many as are allowed."""
+    wanted = theirs(MiniCPMV4_6VideoProcessor(**stated), total, fps)
+    assert ours(minicpm_v4_6.sampler(stated), total, fps) == wanted
+    assert len(minicpm_v4_6.sampler({**stated, "do_sample_frames": False}).chosen(301, 29.97)) == 301
 
 
 def test_frames_of_a_saved_smolvlm(tmp_path):

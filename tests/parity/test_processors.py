@@ -3,6 +3,7 @@
 import json
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,9 +11,12 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
+from transformers.vision_utils import get_vision_nearest_position_ids
 
+from vlm_jax.encoders.merging_vit import rows_of_table
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import (
     deepseek_hf,
@@ -21,12 +25,16 @@ from vlm_jax.pretrained.processing import (
     gemma4,
     internvl_hf,
     llava_hf,
+    minicpm_v4_6,
     ovis2_hf,
     qwen_hf,
 )
 from vlm_jax.processors.filled import filled_size
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.sliced import SlicedViews, area_size
 from vlm_jax.processors.video import EveryFrame, SegmentSampler
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.types import PatchFormat
 
 from ..advice import tried
 from .processors import (
@@ -47,6 +55,8 @@ from .processors import (
     llava_next_processor,
     llava_onevision_processor,
     llava_processor,
+    minicpm_v_processor,
+    navit_patches,
     official,
     official_video,
     ovis2_processor,
@@ -415,6 +425,102 @@ def test_sizes_of_gemma4():
         size = int(height), int(width)
         wanted = get_aspect_ratio_preserving_size(*size, 16, 9 * int(tokens), 3)
         assert filled_size(size, 48, 0, int(tokens) * 48**2) == wanted
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@pytest.mark.parametrize("slices", [9, 36, 1])
+def test_sizes_of_minicpm_v(mode, slices):
+    theirs = MiniCPMV4_6ImageProcessorPil()
+    side, merge_size = 448, 2 if mode == "4x" else 4
+    views = SlicedViews(Pixels(), PatchFormat(14, merge_size=merge_size), area_size, 0, side * side, max_slices=slices)
+    draw = np.random.default_rng(0)
+    for height, width in [*draw.integers(1, 5000, (200, 2)).tolist(), (448, 448), (449, 448), (1, 2000), (896, 1344)]:
+        grid = theirs.get_sliced_grid((height, width), slices, side)
+        whole = theirs.find_best_resize((height, width), side, 14, mode, allow_upscale=grid is None)
+        found = views.cut((height, width), side * side, slices, None)
+        assert found.whole == whole and found.grid == (None if grid is None else tuple(grid))
+        if grid is not None:
+            rows, cols = grid
+            refined = theirs.get_refine_size((height, width), grid, side, 14, mode, allow_upscale=True)
+            assert (found.part[0] * rows, found.part[1] * cols) == refined
+
+
+MINICPM = {
+    "released": {},
+    "without slices": {"images": {"slice_mode": False}, "videos": {"slice_mode": False}},
+    "without numbers": {"images": {"use_image_id": False, "scale_resolution": 32}},
+    "a frame in a view": {"videos": {"max_slice_nums": 1, "image_mean": [0.5] * 3}},
+}
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@pytest.mark.parametrize("name", MINICPM)
+def test_minicpm_v(tmp_path, mode, name):
+    theirs = minicpm_v_processor(mode, **MINICPM[name])
+    folder, config = save(theirs, tmp_path, model_type="minicpmv4_6", downsample_mode=mode)
+    ours, side = minicpm_v4_6.processor(folder, config), 2 if mode == "4x" else 4
+    for count in (0, 1, 5):
+        batch, inputs = (
+            ours(conversation(count), pictures(count)),
+            official(theirs, conversation(count), pictures(count)),
+        )
+        same_ids(batch, inputs)
+        if count:
+            np.testing.assert_allclose(patches_of(batch.images), navit_patches(inputs, "image", side), atol=1e-5)
+            shown = np.asarray(batch.tokens)[batch.visual_index >= 0]
+            assert set(shown.tolist()) == {theirs.image_token_id}
+    inputs = official_video(theirs, ABOUT_A_VIDEO, frames(3), 2.0)
+    batch = ours(ABOUT_A_VIDEO, [], [frames(3)])
+    same_ids(batch, inputs)
+    np.testing.assert_allclose(patches_of(batch.images), navit_patches(inputs, "video", side), atol=1e-5)
+
+
+def test_minicpm_v_with_images_and_videos_mixed(tmp_path):
+    """Both are numbered from 0; a mark's tiles follow it, whatever stands before it."""
+    theirs = minicpm_v_processor()
+    folder, config = save(theirs, tmp_path, model_type="minicpmv4_6")
+    ours = minicpm_v4_6.processor(folder, config)
+    kinds = ("video", "image", "video", "image")
+    mixed = [{"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": "So?"}]}]
+    clips = [frames(2), [frame.resize((20, 20)) for frame in frames(3)]]
+    text = ours.tokenizer.decode(ours(mixed, pictures(2), clips).tokens[0].tolist(), skip_special=False)
+    for token in ("<|image_pad|>", "<|video_pad|>"):
+        text = text.replace(token, "")
+    tiled = "<image></image>" + "<slice></slice>" * 2
+    several = "<image></image><slice></slice>"
+    assert text.count("<image_id>0</image_id>") == text.count("<image_id>1</image_id>") == 2
+    first, second, third, fourth = (part.partition("</image_id>")[2] for part in text.split("<image_id>")[1:])
+    assert first == f"{tiled * 2}\n" and third == "<image></image>" * 3 + "\n"
+    assert second.startswith(several) and fourth.startswith(several)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("image_processor", "downsample_mode", "4x", "image processor.downsample_mode: expected '16x', got '4x'"),
+        ("video_processor", "downsample_mode", "4x", "video processor.downsample_mode: expected '16x', got '4x'"),
+        ("video_processor", "patch_size", 4, "video processor.patch_size: expected 2, got 4"),
+        ("video_processor", "stack_frames", 3, "video processor.stack_frames: expected 1, got 3"),
+    ],
+)
+def test_settings_of_minicpm_v_that_are_refused(tmp_path, section, key, value, message):
+    folder, config = save(minicpm_v_processor(), tmp_path, model_type="minicpmv4_6")
+    path = folder / "processor_config.json"
+    parts = json.loads(path.read_text())
+    parts[section][key] = value
+    path.write_text(json.dumps(parts))
+    with pytest.raises(PretrainedError, match=message):
+        minicpm_v4_6.processor(folder, config)
+
+
+def test_rows_of_the_table_of_minicpm_v():
+    """Of the released table of 70 x 70, for images of up to 200 patches a side."""
+    for side in range(1, 200):
+        expected = get_vision_nearest_position_ids(torch.tensor([[side, 3]]), 70).numpy()
+        positions = np.moveaxis(np.mgrid[:side, :3], 0, -1).reshape(1, -1, 2)
+        sizes = np.broadcast_to([side, 3], positions.shape)
+        found = rows_of_table(jnp.asarray(positions), jnp.asarray(sizes), 70)
+        np.testing.assert_array_equal(found[0], expected)
 
 
 @pytest.mark.parametrize("tiles", [False, True])

@@ -27,6 +27,7 @@ from .processors import (
     filled_patches,
     frames,
     llava_processor,
+    navit_patches,
     official,
     official_video,
     patches_of,
@@ -52,6 +53,8 @@ from .systems import (
     llava,
     llava_next,
     llava_onevision,
+    minicpm_v,
+    minicpm_v_4x,
     ovis2,
     qwen2_5_omni,
     qwen2_5_omni_thinker,
@@ -84,6 +87,8 @@ SYSTEMS = (
     idefics3,
     internvl,
     internvl_moe,
+    minicpm_v,
+    minicpm_v_4x,
     ovis2,
     prismatic,
     qwen2_vl,
@@ -99,8 +104,8 @@ SYSTEMS = (
 
 
 VIDEOS = (
-    *("gemma4", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_5"),
-    *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+    *("gemma4", "internvl", "llava_onevision", "minicpmv4_6", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     "smolvlm",
 )
 
@@ -157,6 +162,10 @@ def same_pixels(ours, theirs, kind):
         same_two_sizes(ours, theirs, kind)
     elif places := {"image_position_ids", "video_position_ids"} & set(theirs):
         wanted = filled_patches(theirs, places.pop().removesuffix("_position_ids"), kind.pooling_kernel_size)
+        np.testing.assert_allclose(patches_of(ours.images), wanted, atol=1e-5)
+    elif places := {"target_sizes", "target_sizes_videos"} & set(theirs):
+        medium = "video" if places == {"target_sizes_videos"} else "image"
+        wanted = navit_patches(theirs, medium, 2 if kind.downsample_mode == "4x" else 4)
         np.testing.assert_allclose(patches_of(ours.images), wanted, atol=1e-5)
     elif "num_local_patches" in theirs:
         same_wholes_and_tiles(ours, theirs)
@@ -241,6 +250,22 @@ def test_a_budget_of_visual_tokens(system):
         ours.generate(messages, images, max_visual_tokens=0, **OPTIONS)
     answer = ours.generate(messages, images, max_visual_tokens=10**6, **OPTIONS)
     assert list(answer.tokens) == said(system, messages, images)[0]
+
+
+@pytest.mark.parametrize("system", (minicpm_v, minicpm_v_4x), indirect=True, ids=lambda made: made.__name__)
+@pytest.mark.parametrize(("mode", "tokens"), [("16x", 5 * 4), ("4x", 5 * 16)])
+def test_a_mode_of_downsampling_by_its_budget(system, mode, tokens):
+    """As the reference gives where both its processor and its model are told the mode."""
+    theirs, model, ours = system
+    messages, images, _ = INPUTS["two images"]
+    inputs = official(theirs, messages, images, downsample_mode=mode)
+    given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+    chosen = ours.with_budget(tokens)
+    batch = chosen.processor(messages, images)
+    same_ids(batch, inputs)
+    with torch.no_grad():
+        expected = model(**given, downsample_mode=mode).logits.numpy()
+    assert np.abs(np.asarray(chosen.logits(batch)) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_answers_of_a_ragged_batch(system):

@@ -154,6 +154,7 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "mtgv/MobileVLM_V2-3B": ("3.0", _CLIP_UNUSED),
     # Two linear layers, and a 3x3 depthwise convolution.
     "mtgv/MobileVLM_V2-7B": (_LLAMA_7B + _CLIP_L_336 + (1025 + 4097 + 10) * 4096, _CLIP_UNUSED),
+    "openbmb/MiniCPM-V-4.6": (1_300_428_016, 0),  # as transformers 5.24 counts, with one table, which is also the head
     "openai/clip-vit-base-patch16": (149_620_737, 0),
     "openai/clip-vit-base-patch32": (151_277_313, 0),
     "openai/clip-vit-large-patch14": (427_616_513, 0),

@@ -14,7 +14,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
-from vlm_jax.processors.video import FrameSettings, MiddleSampler, SegmentSampler
+from vlm_jax.processors.video import FrameSettings, MiddleSampler, SecondSampler, SegmentSampler
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
@@ -245,6 +245,9 @@ def test_samplers_say_which_settings_they_take():
     ):
         SegmentSampler(4).following(FrameSettings(fps=1))
     assert SegmentSampler(4).following(FrameSettings(nframes=2)).chosen(9, 1).tolist() == [2, 6]
+    with pytest.raises(PictureMismatch, match=tried("samples a frame a second; set max_frames instead")):
+        SecondSampler(4).following(FrameSettings(nframes=2))
+    assert SecondSampler(4).following(FrameSettings(max_frames=2)).chosen(12, 3).tolist() == [0, 11]
     with pytest.raises(PictureMismatch, match=tried("samples a number of frames; set nframes or fps instead")):
         MiddleSampler(4).following(FrameSettings(min_frames=2))
     assert MiddleSampler(4).following(FrameSettings(nframes=2)).chosen(8, 1).tolist() == [2, 6]

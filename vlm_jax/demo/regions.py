@@ -37,10 +37,11 @@ def token_boxes(views: Views, size: Size, patches: Grid, tokens: Grid) -> Float[
       (left, top, right, bottom) in pixels of the picture, float64; NaN for a token of padding alone.
     """
     if isinstance(views, NativeViews):
-        height, width = views.size(size)
-        grid = (height // views.format.block_size, width // views.format.block_size)
-        shares = [_edges(count, count) for count in grid]
-        return _boxes(shares[0], shares[1], size)
+        found = []
+        for (top, left, bottom, right), (rows, cols) in views.regions(size):
+            down, across = _edges(rows, rows), _edges(cols, cols)
+            found.append(_boxes(top + (bottom - top) * down, left + (right - left) * across, size))
+        return np.concatenate(found)
     assert isinstance(views, Tiles)
     rows, cols = (_edges(*counts) for counts in zip(patches, tokens, strict=True))
     height, width = views.tile_shape[:2]

@@ -15,6 +15,7 @@ from vlm_jax.encoders.cascade import Cascade
 from vlm_jax.encoders.causal_queries import CausalQueries
 from vlm_jax.encoders.encoder import Encoder, ImageEncoder, PackedEncoder
 from vlm_jax.encoders.hybrid import Hybrid
+from vlm_jax.encoders.merging_vit import MergingViT
 from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.qwen_vit import QwenViT
@@ -33,6 +34,7 @@ COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {
 }
 PACKED_ENCODERS: Mapping[str, type[PackedEncoder]] = {
     "axial_vit": AxialViT,
+    "merging_vit": MergingViT,
     "naflex": NaflexViT,
     "qwen_vit": QwenViT,
     "rice_vit": RiceViT,

@@ -16,6 +16,7 @@ from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders import PACKED_ENCODERS
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.encoders.hybrid import Hybrid
+from vlm_jax.encoders.merging_vit import MergingViT
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.guide import clip_guide
@@ -28,6 +29,7 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.question import QuestionTexts
 from vlm_jax.processors.reduction import Reduction
+from vlm_jax.processors.sliced import SlicedViews
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import Tiles, Views
 from vlm_jax.reducers import REDUCERS
@@ -93,6 +95,9 @@ def with_budget(
         fixed = isinstance(processor.views, SquareViews | CropViews)
         more = "; set a reducer or another connector, which meet a budget exactly" if fixed else ""
         raise InfeasibleBudget(f"{path}.token_budget: {error}{more}") from error
+    if isinstance(views, SlicedViews) and isinstance(model.encoder, MergingViT):  # perhaps in another mode
+        merges = views.format == model.encoder.clone(merges=True).patch_format
+        system = dataclasses.replace(system, model=model.clone(encoder=model.encoder.clone(merges=merges)))
     return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))
 
 
@@ -102,7 +107,7 @@ def budgeted_views(views: Views, tokens: int) -> Views:
     Raises:
       InfeasibleBudget: the smallest image takes more.
     """
-    if isinstance(views, FilledViews):
+    if isinstance(views, FilledViews | SlicedViews):
         return views.of_budget(tokens)
     return views.of_mode(tokens) if isinstance(views, MosaicViews) else views.within(tokens)
 
@@ -250,8 +255,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         )
     if packed:
         assert isinstance(views, NativeViews)
-        most = views.max_pixels // views.format.block_size**2 * views.block_tokens
-        given: Grid = (1, most)
+        given: Grid = (1, views.most_tokens)
     else:
         given = (laid_out or (1, connector.num_tokens(grid))) if at_tokens else grid  # type: ignore[union-attr]
     part = None if reducer_class.reduces_in is None else parts[reducer_class.reduces_in]

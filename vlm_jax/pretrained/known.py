@@ -55,6 +55,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "vision_tower.vision_model.embeddings.class_embedding",
     ),
     "llavaonevision1_5": _QWEN2_VL,
+    "minicpmv4_6": (
+        "model.vision_tower.embeddings.patch_embedding.weight",
+        "model.merger.mlp.0.pre_norm.weight",
+        "model.language_model.embed_tokens.weight",
+    ),
     "mobilevlm": ("model.embed_tokens.weight",),
     "multi_modality": ("language_model.model.norm.weight",),
     "openvla": ("language_model.model.norm.weight",),

@@ -90,6 +90,10 @@ class DownsampledViews(Tiles):
         """That of `base`."""
         return self.base.video_load(num_frames, size, max_tokens)
 
+    def frame_grid(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Grid | None:
+        """That of `base`."""
+        return self.base.frame_grid(num_frames, size, max_tokens)
+
     def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
         """Those of `base`."""
         return self.base.kept_frames(num_frames, size, max_tokens)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +14,7 @@ from vlm_jax.processors.patches import num_places, pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import check_aspect
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, too_few
+from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Share, shared, too_few
 from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
 
 # Of an image whose size its message sets. Source: qwen-vl-utils, vision_process.py, MIN_PIXELS and MAX_PIXELS.
@@ -101,6 +102,18 @@ class VolumeLimits:
         return VideoLimits(128 * unit**2, 768 * unit**2, 115_200)
 
 
+class Region(NamedTuple):
+    """A part of an image that is encoded by itself.
+
+    Attributes:
+      box: (top, left, bottom, right), as shares of the image's sides.
+      blocks: rows and columns of blocks of patches.
+    """
+
+    box: tuple[float, float, float, float]
+    blocks: Grid
+
+
 @dataclasses.dataclass(frozen=True)
 class NativeViews:
     """Every image with its own grid.
@@ -157,6 +170,16 @@ class NativeViews:
         """False: every token is a row."""
         return False
 
+    @property
+    def most_tokens(self) -> int:
+        """Visual tokens of an image of the maximum of pixels; a long row or column of blocks may take more."""
+        return self.max_pixels // self.format.block_size**2 * self.block_tokens
+
+    def regions(self, size: Size) -> list[Region]:
+        """Where the tokens of an image are, one grid of blocks after another."""
+        height, width = self.size(size)
+        return [Region((0.0, 0.0, 1.0, 1.0), (height // self.format.block_size, width // self.format.block_size))]
+
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Prepares every image independently."""
         return [
@@ -211,6 +234,10 @@ class NativeViews:
         """Nones: there are no tiles."""
         return [None] * len(sizes)
 
+    def shares(self, sizes: Sequence[Size]) -> list[list[Share]]:
+        """One for each image."""
+        return [[Share(*each)] for each in zip(self.layouts(sizes), self.loads(sizes), strict=True)]
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
@@ -232,6 +259,16 @@ class NativeViews:
         """Sequence length of the packed patches of all frames."""
         size, num_slots = self._video_size(num_frames, size, max_tokens), self.format.num_slots(num_frames)
         return num_slots * self._load(1, size) if self.video_parts else self._load(num_slots, size)
+
+    def video_shares(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Share]:
+        """One for all, or one for each part."""
+        layouts = self.video_layouts(num_frames, size, max_tokens)
+        return shared(layouts, self.video_load(num_frames, size, max_tokens))
+
+    def frame_grid(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Grid | None:
+        """None: there are no tiles."""
+        del num_frames, size, max_tokens
+        return None
 
     def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
         """All frames."""

@@ -54,6 +54,7 @@ class PlainPrompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
@@ -63,7 +64,7 @@ class PlainPrompt:
           PromptError: no question, or any variables.
           UnknownText: a word that the vocabulary lacks, or the name of a special token.
         """
-        del add_generation_prompt, grids, durations  # not written
+        del add_generation_prompt, grids, frame_grids, durations  # not written
         check_message_keys(messages)
         if variables:
             raise PromptError(f"without a chat template, {', '.join(variables)} are unused; leave them out")

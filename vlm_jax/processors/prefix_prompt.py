@@ -53,6 +53,7 @@ class PrefixPrompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
@@ -62,7 +63,7 @@ class PrefixPrompt:
           PromptError: more than one question and one answer, an image in the answer, or any variables.
           TokenizerError: the tokenizer lacks a start, end or image token.
         """
-        del places, add_generation_prompt, grids, durations  # not written
+        del places, add_generation_prompt, grids, frame_grids, durations  # not written
         check_message_keys(messages)
         check_kinds(messages, ("image",))
         if variables:

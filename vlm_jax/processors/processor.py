@@ -43,7 +43,7 @@ from vlm_jax.processors.video import (
     read_video,
     times_of_parts,
 )
-from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
+from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Share, Views, check_list
 from vlm_jax.types import ROW_KEYS, Batch, Fields, Grid, Load, RowShape, VideoSize
 
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames, for all systems; SmolVLM's own code assumes 24
@@ -90,11 +90,13 @@ class Place(NamedTuple):
 
 
 class ImagePlaces(NamedTuple):
-    """The places of one image.
+    """The places of one image, or of one video.
 
     Attributes:
-      grid: rows and columns of its tiles, where they have places of their own; None where the image has one place.
-      places: of the tiles row by row and of the whole image, in the order of the text; or the one.
+      grid: rows and columns of the tiles of an image or of each frame, where they have places of their own; None where
+        the image, the video, or a part of it has one place.
+      places: of the tiles row by row and of the whole image, in the order of the text, or the one; of a video those of
+        its parts.
     """
 
     grid: Grid | None
@@ -486,16 +488,13 @@ class Processor:
         views = self._bounded(self.views.sized(own), most)
         full = views if self.reduction is None else self._bounded(self.reduction.before.sized(own), most)
         made = [None] * len(sizes) if pictures is None else views.images(pictures)
-        grids, loads = views.tile_grids(sizes), views.loads(sizes)
         found = []
-        for grid, layout, before, load, one in zip(
-            grids, views.layouts(sizes), full.layouts(sizes), loads, made, strict=True
+        for grid, shares, before, one in zip(
+            views.tile_grids(sizes), views.shares(sizes), full.shares(sizes), made, strict=True
         ):
-            count = 1 if grid is None else load
-            parts = [None] * count if one is None else [one] if grid is None else one.in_tiles(load)
-            ends = (len(layout) // count, len(before) // count)  # every tile is laid out as the first
-            places = [self._place(layout[: ends[0]], before[: ends[1]], load // count, part) for part in parts]
-            found.append(ImagePlaces(grid, places))
+            parts = [None] * len(shares) if one is None else [one] if grid is None else one.in_tiles(len(shares))
+            every = zip(shares, before, parts, strict=True)
+            found.append(ImagePlaces(grid, [self._place(own, first.layout, part) for own, first, part in every]))
         return found
 
     def _video_places(
@@ -504,33 +503,37 @@ class Processor:
         most: int | None,
         own: Sequence[ItemSize],
         prepared: Sequence[Sequence[PreparedImage]] | None = None,
-    ) -> list[list[Place]]:
-        """The places of each video of a conversation, over which its load is divided."""
+    ) -> list[ImagePlaces]:
+        """The places of each video of a conversation, over which its load is divided; the grid is that of a frame."""
         found = []
         reduction = self.reduction
         for number, (video, item) in enumerate(zip(videos, own, strict=True)):
             count, height, width, times, _ = video
             views = self.views.sized(item)
             full = views if reduction is None else reduction.before.sized(item)
-            layouts = views.video_layouts(count, (height, width), most)
-            if reduction is not None and reduction.compares_frames and not (reduction.is_packed and len(layouts) == 1):
+            of_video = count, (height, width), most
+            shares = views.video_shares(*of_video)
+            if reduction is not None and reduction.compares_frames and not (reduction.is_packed and len(shares) == 1):
                 raise PictureMismatch(
                     "the reducer compares the frames of a video, but this system encodes the frames of a video apart; "
                     "pass images, or choose a reducer that is not for videos"
                 )
-            load = views.video_load(count, (height, width), most) // len(layouts)
-            made = [None] * len(layouts) if prepared is None else prepared[number]
-            before = full.video_layouts(count, (height, width), most)
-            kept = [times[frame] for frame in views.kept_frames(count, (height, width), most)]
-            at = times_of_parts(kept, views.frames_per_part)[: len(layouts)]  # one entry may be of all parts
+            made = [None] * len(shares) if prepared is None else prepared[number]
+            kept = [times[frame] for frame in views.kept_frames(*of_video)]
+            at = times_of_parts(kept, views.frames_per_part)
+            # One entry may be of all parts; the tiles of a frame have the same time.
+            at = np.repeat(at, max(1, len(shares) // len(at))).tolist()[: len(shares)]
             frames = views.format.num_slots(count) if isinstance(views, NativeViews) else 1
-            each = frames // len(layouts)
-            parts = zip(layouts, before, made, at, strict=True)
-            places = [(self._place(layout, first, load, part, each), time) for layout, first, part, time in parts]
-            found.append([place._replace(time=time) for place, time in places])
+            each = max(1, frames // len(shares))
+            parts = zip(shares, full.video_shares(*of_video), made, at, strict=True)
+            places = [
+                self._place(share, first.layout, part, each)._replace(time=time) for share, first, part, time in parts
+            ]
+            found.append(ImagePlaces(views.frame_grid(*of_video), places))
         return found
 
-    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None, frames: int = 1) -> Place:
+    def _place(self, share: Share, full: Layout, prepared: PreparedImage | None, frames: int = 1) -> Place:
+        layout, load = share
         tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared, frames)
         return Place(layout, load, prepared, tokens)
 
@@ -538,7 +541,7 @@ class Processor:
         self,
         messages: Conversation,
         images: list[ImagePlaces],
-        videos: list[list[Place]],
+        videos: list[ImagePlaces],
         *,
         durations: Sequence[float],
         name: str,
@@ -550,8 +553,7 @@ class Processor:
         **variables: object,
     ) -> Example:
         counts = tuple(
-            [sum(len(one.layout) for one in parts) for parts in of_kind]
-            for of_kind in ([image.places for image in images], videos)
+            [sum(len(one.layout) for one in media.places) for media in of_kind] for of_kind in (images, videos)
         )
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
             for i, count in enumerate(of_kind):
@@ -561,12 +563,13 @@ class Processor:
             prompt = not targets if add_generation_prompt is None else add_generation_prompt
             pieces = self.prompt(
                 messages,
-                [[part.time for part in parts] for parts in videos],
+                [[part.time for part in video.places] for video in videos],
                 add_generation_prompt=prompt,
                 targets=targets,
                 turns=turns,
                 continuation=continuation,
                 grids=[image.grid for image in images],
+                frame_grids=[video.grid for video in videos],
                 durations=durations,
                 **{**self.variables, **variables},
             )
@@ -574,12 +577,12 @@ class Processor:
                 raise PromptError("expected at least one assistant message for training, got none")
         waiting: dict[Kind, list[Place]] = {
             "image": list(itertools.chain(*(image.places for image in images))),
-            "video": list(itertools.chain(*videos)),
+            "video": list(itertools.chain(*(video.places for video in videos))),
         }
         self._check_ids(pieces, name)
         parts_of: dict[Kind, list[int]] = {
             "image": [len(image.places) for image in images],
-            "video": [len(parts) for parts in videos],
+            "video": [len(video.places) for video in videos],
         }
         filled, order = self._filled(pieces, waiting, messages, name, parts_of)
         length = sum(map(len, filled))
@@ -598,7 +601,8 @@ class Processor:
             tokens = tuple(dataclasses.replace(one, question=its) for one, its in zip(tokens, asked, strict=True))
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
-        taken = Load(length, load, kept, len(images) + sum(parts_of["video"]))
+        each = parts_of["image"] if isinstance(self.views, NativeViews) else [1] * len(images)  # of tiles, one for all
+        taken = Load(length, load, kept, sum(each) + sum(parts_of["video"]))
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
     def _messages_of(

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -73,6 +74,7 @@ class Prompt(Protocol):
         turns: Turns,
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: Any,
     ) -> list[Text | Slot]:
@@ -89,6 +91,7 @@ class Prompt(Protocol):
           continuation: text that follows the start of the answer, whose tokens are learned; without `targets` only.
           grids: of each of the conversation's images, the rows and columns of tiles that have slots of their own,
             beside a slot of the whole image; None, or none at all, for an image with one slot.
+          frame_grids: the same of each frame of each of the conversation's videos.
           durations: of each of the conversation's videos, in seconds.
           **variables: further variables of the template.
         """
@@ -96,10 +99,11 @@ class Prompt(Protocol):
 
 
 class Slots(NamedTuple):
-    """Arguments of `Prompt.__call__`: the times of the slots of each video, grids of images, durations of videos."""
+    """Arguments of `Prompt.__call__`: times of the slots of each video, grids of images and frames, durations."""
 
     times: Sequence[Sequence[float]]
     grids: Sequence[Grid | None] = ()
+    frame_grids: Sequence[Grid | None] = ()
     durations: Sequence[float] = ()
 
 
@@ -107,11 +111,12 @@ class TiledText(NamedTuple):
     """What is encoded for an image whose tiles have slots of their own, beside the text of an image with one slot.
 
     Attributes:
-      tile: for a tile, with its number `{row}` and `{column}`, from 1.
+      tile: for a tile, with its number `{row}` and `{column}`, from 1, and `{token}` for the placeholder token.
       row_end: after the tiles of a row.
       end: after all tiles, before the text of the whole image; empty where `start` has that.
       start: before all tiles, with `{whole}` for the text of the whole image where it comes first.
       between: between two tiles.
+      between_rows: between two rows.
     """
 
     tile: str
@@ -119,13 +124,15 @@ class TiledText(NamedTuple):
     end: str
     start: str = ""
     between: str = ""
+    between_rows: str = ""
 
 
 class VideoText(NamedTuple):
     """What is encoded around the slots of a video.
 
     Attributes:
-      start: with `{count}`, the number of slots in words, and `{duration}`, as hours:minutes:seconds.
+      start: with `{count}`, the number of slots in words, `{duration}`, as hours:minutes:seconds, and `{index}`, the
+        number of the video in the conversation, from 0.
       end: after them.
     """
 
@@ -143,8 +150,8 @@ class TemplatePrompt:
       marks: kind -> what the template writes for an image or a video.
       texts: kind -> the text to encode for it: the placeholder token, and tags around it. `{number}` is the
         number of a video's slot, from 1, and its time is `{seconds}`, with one decimal place, or `{clock}`, as
-        minutes:seconds.
-      tiled: of an image whose tiles have slots of their own; None where none has.
+        minutes:seconds. `{index}` is the number of an image in the conversation, from 0.
+      tiled: of an image, or a frame, whose tiles have slots of their own; None where none has.
       around_video: what is encoded around the slots of a video; None for nothing.
       between: text between the slots of one video.
       tokens: kind -> the placeholder token.
@@ -194,6 +201,7 @@ class TemplatePrompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: Any,
     ) -> list[Text | Slot]:
@@ -207,7 +215,7 @@ class TemplatePrompt:
         if targets and not self.learned.questions and not with_faults:
             messages = [self._only_images(message) if message["role"] == "user" else message for message in messages]
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
-        written = Slots(places, grids, durations)
+        written = Slots(places, grids, frame_grids, durations)
         shows_video = any(item["type"] == "video" for _, item in media_items(messages))
         template = (self.of_videos if shows_video else None) or self.template
         if with_faults:
@@ -319,20 +327,15 @@ class TemplatePrompt:
         return found
 
     def _as_whole(self, stretches: Sequence[Stretch], slots: Slots) -> list[Text | Slot]:
-        of_images, of_videos, written = iter(slots.grids), iter(range(len(slots.times))), ""
+        numbers, written = {kind: itertools.count() for kind in self.marks}, ""
         kinds: list[Kind] = []
         spans: list[Span] = []
         for number, (stretch, own) in enumerate(stretches):
             spans += [Span(len(written) + start, len(written) + stop, weight) for start, stop, weight in own]
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
-                if kind == "video":
-                    video = next(of_videos, None)
-                    times = (0.0,) if video is None else slots.times[video]
-                    duration = slots.durations[video] if video is not None and slots.durations else 0.0
-                    stretch, count = self._video_text(times, duration), len(times)
-                else:
-                    stretch, count = self._image_text(kind, next(of_images, None))
+                index = next(numbers[kind])
+                stretch, count = (self._video_slots if kind == "video" else self._image_slots)(index, slots)
                 kinds.extend(itertools.repeat(kind, count))
             written += stretch
         holders = {self.tokenizer.id_of(token) for token in self.tokens.values()}
@@ -347,34 +350,52 @@ class TemplatePrompt:
                 start = place + 1
         return [*pieces, *texts(ids[start:], learned[start:])]
 
-    def _image_text(self, kind: Kind, grid: Grid | None) -> tuple[str, int]:
-        """The text of an image, and its number of slots."""
-        whole = self.texts.get(kind, self.tokens[kind])
+    def _image_slots(self, index: int, slots: Slots) -> tuple[str, int]:
+        """The text of an image of the conversation, and its number of slots."""
+        text = self.texts.get("image", self.tokens["image"]).replace("{index}", str(index))
+        grid = slots.grids[index] if index < len(slots.grids) else None
+        return self._with_tiles(text, "image", grid)
+
+    def _with_tiles(self, whole: str, kind: Kind, grid: Grid | None) -> tuple[str, int]:
+        """The text of an image, or a frame, with that of its tiles, and its number of slots."""
         if grid is None or self.tiled is None:
             return whole, 1
-        rows, cols = grid
-        start, between, written = self.tiled.start, self.tiled.between, []
+        (rows, cols), lines = grid, []
         for row in range(1, rows + 1):
+            written = []
             for column in range(1, cols + 1):
                 tile = self.tiled.tile.replace("{row}", str(row)).replace("{column}", str(column))
+                tile = tile.replace("{token}", self.tokens[kind])
                 written.append(tile + self.tiled.row_end * (column == cols))
-        tiles = start.replace("{whole}", whole) + between.join(written) + self.tiled.end
+            lines.append(self.tiled.between.join(written))
+        start, between = self.tiled.start, self.tiled.between_rows or self.tiled.between
+        tiles = start.replace("{whole}", whole) + between.join(lines) + self.tiled.end
         return tiles if "{whole}" in start else tiles + whole, rows * cols + 1
 
-    def _video_text(self, times: Sequence[float], duration: float) -> str:
+    def _video_slots(self, index: int, slots: Slots) -> tuple[str, int]:
+        """The text of a video of the conversation, and its number of slots; a frame's tiles have its time."""
+        given = index < len(slots.times)
+        times = slots.times[index] if given else (0.0,)
+        duration = slots.durations[index] if given and slots.durations else 0.0
+        grid = slots.frame_grids[index] if given and slots.frame_grids else None
         form = self.texts.get("video", self.tokens["video"])
+        of_frame = 1 if grid is None or self.tiled is None else math.prod(grid) + 1
         parts = [
-            form.replace("{number}", str(number))
-            .replace("{seconds}", f"{seconds:.1f}")
-            .replace("{clock}", f"{int(seconds // 60):02d}:{int(seconds % 60):02d}")
-            for number, seconds in enumerate(times, 1)
+            self._with_tiles(
+                form.replace("{number}", str(number))
+                .replace("{seconds}", f"{seconds:.1f}")
+                .replace("{clock}", f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"),
+                "video",
+                grid,
+            )[0]
+            for number, seconds in enumerate(times[::of_frame], 1)
         ]
         written = self.between.join(parts)
         if self.around_video is None:
-            return written
-        start = self.around_video.start.replace("{count}", in_words(len(times)))
+            return written, len(times)
+        start = self.around_video.start.replace("{count}", in_words(len(times))).replace("{index}", str(index))
         start = start.replace("{duration}", str(datetime.timedelta(seconds=int(duration))))
-        return f"{start}{written}{self.around_video.end}"
+        return f"{start}{written}{self.around_video.end}", len(times)
 
     def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[Sequence[float]]) -> list[Text | Slot]:
         """Every piece with the tokenizer's start and end tokens; only the first keeps its BOS.

@@ -55,6 +55,7 @@ class DeepSeekVL2Prompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
@@ -62,7 +63,7 @@ class DeepSeekVL2Prompt:
 
         An answer at the end of a prompt lacks its end token: the model writes on from there.
         """
-        del grids, durations  # not written
+        del grids, frame_grids, durations  # not written
         _refuse(messages, places, variables)
         weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
@@ -126,11 +127,12 @@ class UnmarkedPrompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. An answer at the end of a prompt lacks its end token."""
-        del grids, durations  # not written
+        del grids, frame_grids, durations  # not written
         _refuse(messages, places, variables)
         weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
@@ -190,6 +192,7 @@ class QwenVLPrompt:
         turns: Turns = "all",
         continuation: str = "",
         grids: Sequence[Grid | None] = (),
+        frame_grids: Sequence[Grid | None] = (),
         durations: Sequence[float] = (),
         **variables: object,
     ) -> list[Text | Slot]:
@@ -197,7 +200,7 @@ class QwenVLPrompt:
 
         In training the tags of every turn are learned too, and the last turn ends with a newline, as in the release.
         """
-        del grids, durations  # not written
+        del grids, frame_grids, durations  # not written
         _refuse(messages, places, variables)
         weights, messages = answer_weights(messages, turns), without_weights(messages)
         if targets == AS_RELEASED and messages and messages[0]["role"] == "assistant":

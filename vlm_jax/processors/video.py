@@ -239,6 +239,36 @@ class SpreadSampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class SecondSampler:
+    """The first frame of every second; of a longer video a number of frames, spread over it: MiniCPM-V 4.6.
+
+    Attributes:
+      max_frames: maximum; of a video of more seconds, as many of the frames at every tenth of a second.
+
+    Source: transformers, models/minicpmv4_6/video_processing_minicpmv4_6.py, sample_frames.
+    """
+
+    max_frames: int = 128
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Indices of the frames; see `FrameSampler`."""
+        duration = num_frames / video_fps
+        times = [float(second) for second in range(math.ceil(duration))]
+        if duration > self.max_frames:
+            tenths = [round(number * 0.1, 1) for number in range(int(duration / 0.1))]
+            few = np.linspace(0, len(tenths) - 1, min(self.max_frames, len(tenths)), dtype=int)
+            times = [tenths[number] for number in few]
+        return np.asarray([min(int(time * video_fps), num_frames - 1) for time in times])
+
+    def following(self, settings: FrameSettings) -> "SecondSampler":
+        """See `FrameSampler`."""
+        for name in ("fps", "nframes", "min_frames"):
+            if getattr(settings, name) is not None:
+                raise PictureMismatch(f"{name}: this system samples a frame a second; set max_frames instead")
+        return self if settings.max_frames is None else SecondSampler(settings.max_frames)
+
+
+@dataclasses.dataclass(frozen=True)
 class EveryFrame:
     """All frames of a video: the video processors of transformers where `do_sample_frames` is false.
 

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -88,6 +88,35 @@ def check_whole(value: object, name: str) -> None:
         raise PictureMismatch(f"{name}: expected a whole number above 0, got {value!r}")
 
 
+class Share(NamedTuple):
+    """What one place of an image or of a video takes.
+
+    Attributes:
+      layout: its positions in the sequence.
+      load: tiles, or sequence length of packed patches.
+    """
+
+    layout: Layout
+    load: int
+
+
+def even_shares(layout: Layout, load: int, count: int) -> list[Share]:
+    """The shares of `count` places that are laid out alike, as the first of them."""
+    return [Share(layout[: len(layout) // count], load // count)] * count
+
+
+def shared(layouts: Sequence[Layout], load: int) -> list[Share]:
+    """The shares of places that take the same load."""
+    return [Share(layout, load // len(layouts)) for layout in layouts]
+
+
+def refuse_sizes(size: "ItemSize") -> None:
+    """Raises a `PictureMismatch` for any setting of an item of a system whose images have fixed sizes."""
+    given = [field.name for field in dataclasses.fields(size) if getattr(size, field.name) is not None]
+    if given:
+        raise PictureMismatch(f"{given[0]}: this system's images have fixed sizes; remove the key from the item")
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
     """An image, a video, or a part of a video at one position of the text.
@@ -102,6 +131,8 @@ class PreparedImage:
       parts: where `pixels` is the image as a whole, its tiles at another size; None without them.
       interpolation: the rows of which each token of `layout` is a weighted mean, learned rows as there; None where
         each is the row of `layout`.
+      tiles: its tiles as images of their own, where they have places of their own in the text and differ in size; the
+        other fields are then of all of them. Else empty.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -112,9 +143,12 @@ class PreparedImage:
     low: Float[np.ndarray, "tiles height width channels"] | None = None
     parts: Float[np.ndarray, "parts part_height part_width channels"] | None = None
     interpolation: Interpolation | None = None
+    tiles: tuple["PreparedImage", ...] = ()
 
     def in_tiles(self, count: int) -> list["PreparedImage"]:
-        """Each of its `count` tiles as an image of its own, all laid out as the first."""
+        """Each of its `count` tiles as an image of its own; those of one size are all laid out as the first."""
+        if self.tiles:
+            return list(self.tiles)
         rows, end = self.num_rows // count, len(self.layout) // count
         lows = [None] * count if self.low is None else [tile[None] for tile in self.low]
         return [
@@ -166,6 +200,10 @@ class Views(Protocol):
         """
         ...
 
+    def shares(self, sizes: Sequence[Size]) -> list[list[Share]]:
+        """What each place of every image takes, in the order of the text; together its layout and its load."""
+        ...
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
@@ -188,6 +226,14 @@ class Views(Protocol):
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
         """The load of a video."""
+        ...
+
+    def video_shares(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Share]:
+        """What each place of a video takes: its `video_layouts`, and the parts of its `video_load`."""
+        ...
+
+    def frame_grid(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Grid | None:
+        """As an entry of `tile_grids`, for each frame of a video, whose tiles have places of their own in the text."""
         ...
 
     def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
@@ -268,9 +314,22 @@ class Tiles(abc.ABC):
     def tile_tokens(self) -> int:
         """Visual tokens of a tile."""
 
+    @abc.abstractmethod
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """As in `Views`."""
+
+    @abc.abstractmethod
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """As in `Views`."""
+
     def tile_grids(self, sizes: Sequence[Size]) -> list[Grid | None]:
         """Nones: an image has one place."""
         return [None] * len(sizes)
+
+    def shares(self, sizes: Sequence[Size]) -> list[list[Share]]:
+        """Tiles that have places of their own are alike."""
+        every = zip(self.tile_grids(sizes), self.layouts(sizes), self.loads(sizes), strict=True)
+        return [even_shares(layout, load, 1 if grid is None else load) for grid, layout, load in every]
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
@@ -288,6 +347,16 @@ class Tiles(abc.ABC):
         """Raises `PictureMismatch`: videos are not supported."""
         return len(self.video_layouts(num_frames, size, max_tokens))
 
+    def video_shares(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Share]:
+        """The places of a video are alike."""
+        layouts = self.video_layouts(num_frames, size, max_tokens)
+        return shared(layouts, self.video_load(num_frames, size, max_tokens))
+
+    def frame_grid(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Grid | None:
+        """None: a frame has one place."""
+        del num_frames, size, max_tokens
+        return None
+
     def kept_frames(self, num_frames: int, size: Size, max_tokens: int | None = None) -> Sequence[int]:
         """All frames."""
         del size, max_tokens
@@ -295,9 +364,7 @@ class Tiles(abc.ABC):
 
     def sized(self: OwnViews, size: ItemSize) -> OwnViews:
         """Raises `PictureMismatch` for any setting: the sizes of tiles are fixed."""
-        given = [field.name for field in dataclasses.fields(size) if getattr(size, field.name) is not None]
-        if given:
-            raise PictureMismatch(f"{given[0]}: this system's images have fixed sizes; remove the key from the item")
+        refuse_sizes(size)
         return self
 
     def groups(self, load: int) -> tuple[int, ...]:
