@@ -48,8 +48,8 @@ FUSED = {
 NO_PROJECTION = ("gemma3",)  # which is a parameter of its own there, and no module that peft adapts
 # peft 0.21 renames `language_model.layers` of these once more as it reads a folder, so that it misses its own keys too.
 RENAMED_TWICE = ("deepseek_ocr2",)
-# Rounding decides the sign of a gradient of 1e-7, and AdamW's usual epsilon makes a whole step of it. This one is far
-# above rounding, and below the root mean square of a gradient of norm 1 here (1e-2), so that most factors take steps.
+# AdamW turns a gradient of 1e-7, which is rounding, into a whole step unless epsilon is far above it. This epsilon is,
+# and it is a tenth of the root mean square of a clipped gradient here (1e-2), so that factors still take large steps.
 STEPS, RATE, EPSILON = 4, 1e-2, 1e-3
 # peft 0.21 asks transformers 5.24 by a name that it will remove.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
