@@ -243,15 +243,15 @@ def gemma3(folder):
     return saved(folder, processor, transformers.Gemma3ForConditionalGeneration(config))
 
 
-def unsaturated(model):
-    """With the language model's norms around a factor of 1; they multiply by 1 + weight, and have no norm of queries.
+def unsaturated(model, named="norm"):
+    """With the language model's norms of this name around a factor of 1; they multiply by 1 + weight.
 
     With factors around 2 logits of attention are about 12, and each step of training multiplies rounding by four: five
     steps of the reference then end 5e-4 apart where its weights differ by their rounding alone, and else 1e-6.
     """
     with torch.no_grad():
         for name, parameter in model.model.language_model.named_parameters():
-            if "norm" in name:
+            if named in name:
                 parameter.sub_(1)
     return model
 
@@ -392,7 +392,7 @@ def smolvlm(folder):
     return idefics3(folder, smolvlm_processor(), "SmolVLM", 28)
 
 
-def qwen_vl(folder, kind, config, model, vision, **more):
+def qwen_vl(folder, kind, config, model, vision, prepared=lambda model: model, **more):
     processor, _, _ = qwen(kind, folder)
     ids = {
         name: processor.tokenizer.convert_tokens_to_ids(token)
@@ -410,7 +410,8 @@ def qwen_vl(folder, kind, config, model, vision, **more):
         **more,
     }
     vision = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
-    return saved(folder, processor, model(config(text_config=text, vision_config=vision, **ids)))
+    model = randomised(model(config(text_config=text, vision_config=vision, **ids)))
+    return written(folder, processor, prepared(model))
 
 
 def qwen2_vl(folder):
@@ -528,7 +529,8 @@ def qwen3_5(folder):
 def qwen3_5_moe(folder):
     classes = transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration
     tower = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
-    return qwen_vl(folder, "qwen3_vl", *classes, tower, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=16)
+    own = {**QWEN3_5, **EXPERTS, "shared_expert_intermediate_size": 16}
+    return qwen_vl(folder, "qwen3_vl", *classes, tower, lambda model: unsaturated(model, "layernorm"), **own)
 
 
 MINICPM_TOWER = {

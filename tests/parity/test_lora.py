@@ -127,6 +127,14 @@ def close(got, want, limit=1e-4):
     np.testing.assert_allclose(got, want, atol=limit * np.abs(want).max(), rtol=0)
 
 
+def read_by_peft(system, folder, monkeypatch, **options):
+    """The system's model with the adapter of a folder."""
+    if system.kind in RENAMED_TWICE:
+        name = "convert_peft_adapter_state_dict_for_transformers"
+        monkeypatch.setattr(transformers_weight_conversion, name, lambda adapter_state_dict, **_: adapter_state_dict)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(system.case.model), folder, **options)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_reads_a_folder_of_adapters_as_they_were(system, rslora, tmp_path, monkeypatch):
     settings = dataclasses.replace(system.settings, rslora=rslora)
@@ -136,10 +144,7 @@ def test_peft_reads_a_folder_of_adapters_as_they_were(system, rslora, tmp_path, 
     assert np.abs(ours - base).max() > 0.1 * np.abs(base).max()  # the adapters matter
     close(system.logits(merged(params, settings)), ours)
     folder = system.save(tmp_path / "adapter", params, settings)
-    if system.kind in RENAMED_TWICE:
-        name = "convert_peft_adapter_state_dict_for_transformers"
-        monkeypatch.setattr(transformers_weight_conversion, name, lambda adapter_state_dict, **_: adapter_state_dict)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(system.case.model), folder)
+    theirs = read_by_peft(system, folder, monkeypatch)
     close(system.theirs(theirs), ours)
     again = vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
     close(system.logits(again.params), ours)
@@ -174,11 +179,11 @@ def test_an_adapter_of_peft_is_merged_as_peft_does(system, tmp_path):
     close(system.logits(ours.params), system.theirs(model.eval()))
 
 
-def test_steps_are_those_of_peft(system, tmp_path):
+def test_steps_are_those_of_peft(system, tmp_path, monkeypatch):
     plain = system.plain
     params = system.params(plain, start=True)
     folder = system.save(tmp_path / "adapter", params, plain)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(system.case.model), folder, is_trainable=True)
+    model = read_by_peft(system, folder, monkeypatch, is_trainable=True)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(learned) == 2 * len(json.loads((folder / CONFIG).read_text())["target_modules"])
     settings = OptimizerSettings(weight_decay=0.1, clip_norm=1.0, epsilon=EPSILON, final_scale=1.0)
