@@ -221,7 +221,7 @@ def processors() -> tuple[Processor, ...]:
     return (
         processor(),
         processor(SquareViews(Pixels(), (8, 8), 4, "crop")),
-        processor(SquareViews(Pixels(as_torch=True), (8, 8), 4, "pad")),
+        processor(SquareViews(Pixels(resizes_as="torch"), (8, 8), 4, "pad")),
         processor(Ovis2Views(Pixels(), 4, 2), num_learned=5, learned_ids=(51, 52, 53, 54, 55)),
         processor(InternVLViews(Pixels(), 4, 1), {"video": "<video>", "image": "<image>"}, frame_sampler=RateSampler()),
         processor(NativeViews(Pixels(), PatchFormat(4, 2, 2), qwen_size, 64, 4096, rotary_3d=True), rotary_3d=True),

@@ -247,7 +247,8 @@ def unsaturated(model, named="norm"):
     """With the language model's norms of this name around a factor of 1; they multiply by 1 + weight.
 
     With factors around 2 logits of attention are about 12, and each step of training multiplies rounding by four: five
-    steps of the reference then end 5e-4 apart where its weights differ by their rounding alone, and else 1e-6.
+    steps of the reference then end 5e-4 apart where its weights differ by their rounding alone, and else 1e-6. With
+    experts, whose choice near ties is rounding too, the norms before attention and feed-forward are enough (4e-5).
     """
     with torch.no_grad():
         for name, parameter in model.model.language_model.named_parameters():

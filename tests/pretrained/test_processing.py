@@ -64,7 +64,7 @@ def test_videos_have_what_is_stated_of_them_over_what_is_stated_of_pictures(tmp_
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"image_std": [1, 1, 1], "resample": None}))
     found = video_pixels(tmp_path, image_settings(tmp_path, {}))
-    assert found == Pixels((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), Image.Resampling.BILINEAR, as_torch=True)
+    assert found == Pixels((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), Image.Resampling.BILINEAR, resizes_as="torch")
     for wrong, message in (
         ({"do_resize": False}, "video processor.do_resize: expected True, got False"),
         ({"rescale_factor": 1.0}, "video processor: rescale_factor: expected 1/255, got 1.0"),

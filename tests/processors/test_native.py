@@ -38,7 +38,7 @@ def test_many_frames_share_the_tokens_of_a_video():
 def test_frames_have_pixels_of_their_own():
     """Statistics, and torch's last bits, only for videos."""
     frame = picture(30, 22)
-    own = views(video_pixels=Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), as_torch=True))
+    own = views(video_pixels=Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), resizes_as="torch"))
     (seen,), (plain,) = own.video([frame] * 2, 2.0), views().images([frame])
     np.testing.assert_array_equal(own.images([frame])[0].pixels, plain.pixels)
     difference = seen.pixels / 4 + 0.5 - plain.pixels

@@ -24,7 +24,7 @@ FILTERS = [*((kind, False) for kind in ANTIALIAS), *((kind, True) for kind in FI
 @pytest.mark.parametrize(("kind", "as_torch"), FILTERS)
 @pytest.mark.parametrize(("width", "height"), [(300, 3), (2, 501), (16, 40), (41, 11), (5, 5)])
 def test_a_part_is_that_of_the_whole(monkeypatch, fit, kind, as_torch, width, height):
-    pixels = Pixels((0.1, 0.5, 0.9), (1.0, 1.0, 1.0), kind, as_torch)
+    pixels = Pixels((0.1, 0.5, 0.9), (1.0, 1.0, 1.0), kind, "torch" if as_torch else "pillow")
     views = SquareViews(pixels, (24, 16), 1, fit, shortest_edge=28)
     given = picture(width, height)
     whole = np.asarray(views.tile(given))
@@ -40,11 +40,11 @@ def test_a_part_of_a_grey_picture_is_that_of_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "shrink", "stretch"])
-@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize("resizes_as", ["pillow", "torch"])
 @pytest.mark.parametrize("size", [(300_000, 1), (1, 300_000)])
-def test_a_thin_picture_costs_what_a_square_one_does(fit, as_torch, size):
+def test_a_thin_picture_costs_what_a_square_one_does(fit, resizes_as, size):
     """Of one colour, which it keeps."""
-    views = SquareViews(Pixels(as_torch=as_torch), (336, 336), 1, fit, background=(9, 99, 199))
+    views = SquareViews(Pixels(resizes_as=resizes_as), (336, 336), 1, fit, background=(9, 99, 199))
     made = []
     assert peak_bytes(lambda: made.append(views.tile(Image.new("RGB", size, (9, 99, 199))))) < 300 * 2**20
     tile = np.asarray(made[0])

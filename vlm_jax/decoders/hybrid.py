@@ -19,6 +19,7 @@ from vlm_jax.layers.gated_delta import GatedDelta
 from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
+from vlm_jax.layers.router import unbalanced
 from vlm_jax.ranges import Depth, NonNegative, Size
 from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
@@ -141,12 +142,7 @@ class Hybrid(DropsTokens, LinearHead, nn.Module):
         """Arguments of a `MixtureOfExperts`."""
         if self.expert_dim is None:
             return None
-        router = {
-            "num_experts": self.num_experts,
-            "num_selected": self.num_selected,
-            "normalize": True,
-            "balance_weight": 0.0,
-        }
+        router = unbalanced(self.num_experts, self.num_selected)
         return {"hidden_dim": self.expert_dim, "shared_dim": self.mlp_dim, "shared_gate": True, "router": router}
 
     def _delta(self) -> Fields:

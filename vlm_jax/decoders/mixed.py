@@ -21,6 +21,7 @@ from vlm_jax.layers.layer_input import LayerInputs
 from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.rope import Rope
+from vlm_jax.layers.router import unbalanced
 from vlm_jax.ranges import Count, Depth, Natural, NonNegative, Positive, Size
 from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
@@ -253,12 +254,7 @@ class MixedTransformer(DropsTokens, LinearHead, nn.Module):
         """Arguments of an `ExpertsBeside`."""
         if self.expert_dim is None:
             return None
-        router = {
-            "num_experts": self.num_experts,
-            "num_selected": self.num_selected,
-            "normalize": True,
-            "balance_weight": 0.0,
-        }
+        router = unbalanced(self.num_experts, self.num_selected)
         return {"hidden_dim": self.expert_dim, "router": router}
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -40,7 +40,7 @@ def stacks_of(kinds: Sequence[str], *, interleaved: bool = True) -> tuple[Stack,
 def periods(order: tuple[str, ...], longest: int | None = None) -> tuple[tuple[int, int, int], ...]:
     """Divides a sequence into parts that repeat, so that the sum of their periods is least.
 
-    Among such divisions, that of the fewest parts, of which the first is long.
+    Of several such divisions, the one with the fewest parts is taken; of those, the one with the longest first part.
 
     Args:
       order: what is at every place.

@@ -18,6 +18,7 @@ from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
+from vlm_jax.layers.router import unbalanced
 from vlm_jax.ranges import Count, Depth, NonNegative, Positive, Size
 from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
@@ -155,12 +156,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         """Arguments of a `MixtureOfExperts`."""
         if self.expert_dim is None:
             return None
-        router = {
-            "num_experts": self.num_experts,
-            "num_selected": self.num_selected,
-            "normalize": self.normalize_weights,
-            "balance_weight": 0.0,
-        }
+        router = unbalanced(self.num_experts, self.num_selected, normalize=self.normalize_weights)
         return {"hidden_dim": self.expert_dim, "shared_dim": 0, "router": router}
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

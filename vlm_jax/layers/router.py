@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, with_axes
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.types import Dtype
+from vlm_jax.types import Dtype, Fields
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -21,6 +21,11 @@ class Routing(NamedTuple):
 
     expert: Int[Array, "B T K"]
     weight: Float[Array, "B T K"]
+
+
+def unbalanced(num_experts: int, num_selected: int, *, normalize: bool = True) -> Fields:
+    """Arguments of a `Router` without a balance loss, as released models are trained further."""
+    return {"num_experts": num_experts, "num_selected": num_selected, "normalize": normalize, "balance_weight": 0.0}
 
 
 class Router(nn.Module):

@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.image import ANTIALIAS, CorruptImage, height_and_width, normalize, resize_in_fixed_point
 from vlm_jax.processors.naflex import interpolate
 from vlm_jax.processors.thin import MAX_LENGTH, Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
-
-_TENSORFLOW: dict[Image.Resampling, ResizeKind] = {Image.Resampling.BILINEAR: "bilinear_antialias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +22,18 @@ class Pixels:
       mean: per channel, in [0, 1], subtracted from the rescaled pixels; one for grey, three for RGB.
       std: per channel, divides the result.
       resample: Pillow's filter.
-      as_torch: resizes like torch for 8-bit pixels, with the filter of that name; else by Pillow.
-      as_tensorflow: the same like TensorFlow, with antialiasing, and truncates: the preprocessing of big_vision.
+      resizes_as: by `pillow`; as `torch` for 8-bit pixels, with the filter of that name; or as `tensorflow`, bilinear
+        with antialiasing, and truncated: the preprocessing of big_vision.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resample: Image.Resampling = Image.Resampling.BICUBIC
-    as_torch: bool = False
-    as_tensorflow: bool = False
+    resizes_as: Literal["pillow", "torch", "tensorflow"] = "pillow"
+
+    def __post_init__(self):
+        if self.resizes_as == "tensorflow" and self.resample != Image.Resampling.BILINEAR:
+            raise ValueError(f"resample: expected BILINEAR as in TensorFlow, got {self.resample.name}")
 
     @property
     def channels(self) -> int:
@@ -55,16 +56,16 @@ class Pixels:
             return picture
         if min(size) < 1:
             raise CorruptImage(f"a picture of {picture.height}x{picture.width} pixels is too thin for these views")
-        if self.as_tensorflow:
-            pixels = interpolate(self.array(picture), size, _TENSORFLOW[self.resample])
+        if self.resizes_as == "tensorflow":
+            pixels = interpolate(self.array(picture), size, "bilinear_antialias")
             return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         in_parts = is_large((size[1], picture.height), picture)  # after the first pass
         if self.resample in ANTIALIAS and (in_parts or max(picture.size) > MAX_LENGTH):
             rows, columns = (
                 Axis(0, own, new, (0, new)) for own, new in zip(height_and_width(picture), size, strict=True)
             )
-            return resized_part(picture, rows, columns, self.resample, as_torch=self.as_torch)
-        if self.as_torch:
+            return resized_part(picture, rows, columns, self.resample, as_torch=self.resizes_as == "torch")
+        if self.resizes_as == "torch":
             return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
         return picture.resize(wanted, self.resample)
 

@@ -17,7 +17,7 @@ from vlm_jax.processors.views import ItemSize, Layout, PreparedImage, Share, ref
 from vlm_jax.types import Grid
 
 
-def area_size(size: tuple[float | int, float | int], factor: int, min_pixels: int, max_pixels: int) -> Size:
+def area_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """(height, width) of about the area `max_pixels` and the aspect of `size`, rounded to multiples of `factor`.
 
     Rounding may enlarge the area; a long row or column has a side of `factor`.
@@ -86,7 +86,7 @@ class Cut(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SlicedViews(NativeViews):
-    """`NativeViews` by `area_size`, of the image as a whole and of slices of it, each with a place in the text.
+    """`NativeViews` of the image as a whole and of slices of it, each with a place in the text.
 
     `max_pixels` is the area of a view, of which `video_limits` are not read.
 
@@ -135,11 +135,11 @@ class SlicedViews(NativeViews):
 
     def _cut(self, size: Size, area: int, slices: int) -> Cut:
         unit = self.format.block_size
-        whole, grid = area_size(size, unit, 0, area), slice_grid(size, slices, math.isqrt(area))
+        whole, grid = self.size_rule(size, unit, 0, area), slice_grid(size, slices, math.isqrt(area))
         if grid is None:
             return Cut(whole, None, whole)
-        height, width = (multiple_of(side, count) / count for side, count in zip(size, grid, strict=True))
-        return Cut(whole, grid, area_size((height, width), unit, 0, area))
+        height, width = (multiple_of(side, count) // count for side, count in zip(size, grid, strict=True))
+        return Cut(whole, grid, self.size_rule((height, width), unit, 0, area))
 
     def _fits(self, found: Cut, most: int | None) -> bool:
         return most is None or sum(map(self._count, found.sizes)) <= most

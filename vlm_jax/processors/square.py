@@ -115,7 +115,7 @@ class SquareViews(Tiles):
                     canvas, picture.size, resized, (left, top), (width, height), strict=True
                 )
             )
-            options = {"colour": self._colour, "as_torch": self.pixels.as_torch}
+            options = {"colour": self._colour, "as_torch": self.pixels.resizes_as == "torch"}
             picture = picture.convert("RGB") if canvas != picture.size and picture.mode != "RGB" else picture
             return resized_part(picture, rows, columns, self.pixels.resample, **options)
         picture = padded(picture, canvas, self._colour)

@@ -72,7 +72,7 @@ def resized_part(
       rows, columns: the vertical and the horizontal axis.
       resample: a filter with antialiasing, one of `image.ANTIALIAS`.
       colour: of the canvas.
-      as_torch: as `Pixels.as_torch`.
+      as_torch: whether weights are those of torch for 8-bit pixels, else of Pillow.
     """
     colours = np.asarray(colour if picture.mode == "RGB" else colour[:1], np.int64)
     shape = (rows.window[1] - rows.window[0], columns.window[1] - columns.window[0], len(colours))

@@ -92,7 +92,7 @@ def views(folder: Folder, config: Config) -> FilledViews:
 def _of_tower(given: Pixels) -> Pixels:
     """With the tower's own scaling, 2 x - 1, which the released model applies itself."""
     mean = tuple(mean + std / 2 for mean, std in zip(given.mean, given.std, strict=True))
-    return Pixels(mean, tuple(std / 2 for std in given.std), given.resample, given.as_torch)
+    return Pixels(mean, tuple(std / 2 for std in given.std), given.resample, given.resizes_as)
 
 
 def _sampler(folder: Folder) -> FrameSampler:

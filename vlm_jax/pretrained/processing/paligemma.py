@@ -65,7 +65,7 @@ def views_big_vision(folder: Folder, config: Config) -> SquareViews:
     stated = (Path(folder) / "preprocessor_config.json").exists() or processor_settings(folder).get("image_processor")
     if not stated:
         half = (0.5, 0.5, 0.5)
-        return SquareViews(Pixels(half, half, Image.Resampling.BILINEAR, as_tensorflow=True), (side, side), count)
+        return SquareViews(Pixels(half, half, Image.Resampling.BILINEAR, resizes_as="tensorflow"), (side, side), count)
     settings = image_settings(folder, {**DEFAULTS, "size": {"height": side, "width": side}, "image_seq_length": count})
     size = height_and_width(settings["size"], f"{folder}: image processor")
     return SquareViews(pixels(settings), size, settings["image_seq_length"])

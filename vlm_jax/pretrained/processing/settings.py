@@ -82,7 +82,7 @@ def video_pixels(folder: Folder, images: Config) -> Pixels:
     where = f"{folder}: video processor"
     settings = _usable({**images, **video_settings(folder)}, where)
     check_supported(settings, {"resample": tuple(map(int, FIXED_POINT))}, where)
-    return dataclasses.replace(pixels(settings), as_torch=True)
+    return dataclasses.replace(pixels(settings), resizes_as="torch")
 
 
 def _stated(settings: Config) -> Fields:
